@@ -1,0 +1,147 @@
+"""The `cobj` command as a person meets it: a process of its own, bad input, and interruptions."""
+import gzip
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from complement_objectives.cli import main
+
+COBJ = Path(sys.executable).with_name('cobj')
+SHORT = ['study', '--objectives', 'xe,rce', '--attacks', 'fgsm,bim', '--eps', '0.1', '--seeds', '1', '--epochs', '8', '--device', 'cpu']
+
+
+def refused(capsys, *args):
+    "What the command says when it refuses: exactly one line, status 2, nothing on standard output."
+    with pytest.raises(SystemExit) as exit: main(list(args))
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2 and out == ''
+    assert err.startswith('cobj: error: ') and err.count('\n') == 1
+    return err
+
+
+@pytest.mark.parametrize('args, said', [
+    (['--dataset', 'cifra10'], 'did you mean cifar10'),
+    (['--objectives', 'xe,cto'], 'did you mean cot'),
+    (['--objectives', ','], 'at least one of objectives'),
+    (['--attacks', 'fgms'], 'did you mean fgsm'),
+    (['--attacks', ''], 'at least one of attacks'),
+    (['--eps', '-0.01'], 'must lie in [0, 1]'),
+    (['--eps', '8'], 'must lie in [0, 1]'),
+    (['--eps', 'nan'], 'must lie in [0, 1]'),
+    (['--eps', '0.1;0.2'], 'not a list of numbers'),
+    (['--alpha', '0'], 'alpha must be a number above 0'),
+    (['--alpha', '-1/3'], 'alpha must be a number above 0'),
+    (['--alpha', 'third'], 'is not a number'),
+    (['--seeds', '0'], 'at least one of seeds'),
+    (['--seeds', 'two'], 'not a valid integer'),
+    (['--epochs', '0'], 'at least one of epochs'),
+    (['--device', 'tpu'], 'valid names are auto, cpu, cuda'),
+    (['--sedes', '2'], '--seeds'),
+])
+def test_bad_options(args, said, capsys, tmp_path):
+    out = tmp_path/'out'
+    assert said in refused(capsys, 'study', '--out', str(out), *args)
+    assert not out.exists()
+
+
+def test_bad_command(capsys): assert 'studdy' in refused(capsys, 'studdy')
+
+
+def test_missing_device(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    assert 'not available here' in refused(capsys, 'study', '--device', 'cuda', '--out', str(tmp_path/'out'))
+    assert not (tmp_path/'out').exists()
+
+
+def test_bad_folders(capsys, tmp_path):
+    (tmp_path/'file').write_text('mine')
+    assert 'is a file' in refused(capsys, 'study', '--out', str(tmp_path/'file'))
+    assert 'cannot write' in refused(capsys, 'study', '--out', str(tmp_path/'file'/'below'))
+    assert 'holds other files' in refused(capsys, 'study', '--out', str(tmp_path))
+    assert 'cannot write' in refused(capsys, 'study', '--out', '/proc/study')
+    assert [o.name for o in tmp_path.iterdir()] == ['file'] and (tmp_path/'file').read_text() == 'mine'
+
+
+@pytest.mark.parametrize('content, said', [
+    (b'', 'd41d8cd98f00b204e9800998ecf8427e'),
+    (gzip.compress(bytes(100)), 'f68b3c2dcbeaaa9fbdd348bbdeb94873'),
+    (None, 'is missing'),
+])
+def test_damaged_data(content, said, capsys, tmp_path):
+    raw = tmp_path/'MNIST'/'raw'
+    raw.mkdir(parents=True)
+    if content is not None: (raw/'train-images-idx3-ubyte.gz').write_bytes(content)
+    message = refused(capsys, 'study', '--dataset', 'mnist', '--root', str(tmp_path), '--out', str(tmp_path/'out'))
+    assert said in message and 'train-images-idx3-ubyte.gz' in message
+    assert not (tmp_path/'out').exists()
+
+
+def test_damaged_cifar(capsys, tmp_path):
+    folder = tmp_path/'cifar-10-batches-py'
+    folder.mkdir()
+    (folder/'data_batch_1').write_bytes(b'not a pickle')
+    assert 'c99cafc152244af753f735de768cd75f' in refused(capsys, 'study', '--dataset', 'cifar10', '--root', str(tmp_path), '--out', str(tmp_path/'out'))
+
+
+def run(out, **kwargs): return subprocess.Popen([COBJ, *SHORT, '--out', out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def numbers(out):
+    "Every number of a study that does not depend on the clock."
+    def strip(o):
+        if isinstance(o, dict): return {k: strip(v) for k, v in o.items() if 'seconds' not in k}
+        return o
+    return {path.name: strip(json.loads(path.read_text())) for path in sorted((out/'runs').glob('*.json'))}
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp('undisturbed')/'out'
+    process = run(out)
+    printed, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return out, printed
+
+
+def test_study_leaves_everything(undisturbed):
+    out, printed = undisturbed
+    assert sorted(p.name for p in (out/'figures').iterdir()) == ['accuracy.png', 'hidden.png', 'roc.png', 'scores.png']
+    assert sorted(p.name for p in (out/'tables').iterdir()) == ['accuracy.csv', 'detection.csv']
+    assert sorted(numbers(out)) == ['rce-0.json', 'xe-0.json']
+    assert 'worst case' in printed and 'K-density' in printed and 'report.html' in printed
+    assert not [p for p in out.rglob('.*')]
+
+
+@pytest.mark.parametrize('how, status', [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_interrupted_study_continues(how, status, undisturbed, tmp_path):
+    out = tmp_path/'out'
+    process = run(out)
+    deadline = time.time() + 200
+    while not (out/'runs'/'xe-0'/'train.json').exists() and time.time() < deadline: time.sleep(0.02)
+    process.send_signal(how)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == status
+    if how == signal.SIGINT: assert said.strip() == 'cobj: interrupted: the same command continues where it was'
+    assert not (out/'report.html').exists()
+    trained = (out/'runs'/'xe-0'/'model.safetensors').stat().st_mtime_ns
+    process = run(out)
+    assert process.communicate(timeout=300) and process.returncode == 0
+    assert (out/'runs'/'xe-0'/'model.safetensors').stat().st_mtime_ns == trained
+    assert numbers(out) == numbers(undisturbed[0])
+
+
+def test_other_configuration_is_refused(undisturbed, capsys):
+    message = refused(capsys, *SHORT, '--out', str(undisturbed[0]), '--alpha', '1/2')
+    assert 'belongs to another study (alpha' in message
+
+
+def test_help_is_complete():
+    for args in (['--help'], ['study', '--help']):
+        page = subprocess.run([COBJ, *args], capture_output=True, text=True, timeout=60)
+        assert page.returncode == 0 and 'cobj study' in page.stdout
+    for flag in 'dataset root objectives alpha attacks eps seeds epochs out device'.split(): assert f'--{flag}' in page.stdout
