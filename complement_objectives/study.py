@@ -65,14 +65,14 @@ def _save(fig, path:Path)->Path: # a PNG in one step
     plt.close(fig)
     return path
 
-# %% ../nbs/11_study.ipynb #197ebf14
+# %% ../nbs/11_study.ipynb #5a06de64
 def accuracy_figure(
     runs:list, # as `finish_run` gives them
 ):             # a matplotlib figure
     "Accuracy against ε: a panel for each attack and one for the worst case."
     panels = list(_accuracies(runs).groupby('attack', sort=False))
     fig, axs = plt.subplots(1, len(panels), figsize=(3.2*len(panels), 2.8), sharey=True, squeeze=False)
-    for (name, rows), ax in zip(panels, axs[0]): plot_accuracy(rows, name, ax)
+    for (name, rows), ax in zip(panels, axs[0]): plot_accuracy(rows, name, ax).label_outer()
     return fig
 
 # %% ../nbs/11_study.ipynb #30528433
@@ -100,13 +100,14 @@ def score_figure(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/11_study.ipynb #2d3254e1
+# %% ../nbs/11_study.ipynb #4d90b7a7
 def roc_figure(
     pairs:dict, # objective's title → (scores of clean images, of their adversarial versions)
 ):              # a matplotlib figure
     "A panel for each score with the ROC curves of all objectives."
     fig, axs = plt.subplots(1, len(SCORES), figsize=(3.3*len(SCORES), 3.3))
     for score, ax in zip(SCORES, axs): plot_roc({t: (n[score], a[score]) for t, (n, a) in pairs.items()}, score, ax)
+    fig.tight_layout()
     return fig
 
 # %% ../nbs/11_study.ipynb #b203e4b5
@@ -123,12 +124,13 @@ def hidden_figure(
         plot_hidden(z, data.test_y[:len(z)], OBJECTIVES[objective].title, ax=ax)
     return fig
 
-# %% ../nbs/11_study.ipynb #5f9a8b04
+# %% ../nbs/11_study.ipynb #77e5328d
 def _reading(config:StudyConfig)->str: # how the numbers came about, in words
     return (f"Data set {config.dataset}, network {config.model}, {config.epochs} epochs of Adam, the last epoch counts. Mean ± standard deviation over "
             f"{config.seeds} seed{'s' if config.seeds > 1 else ''}, in percent. Clean accuracy is over all test images; up to {config.attack_images} of them, "
             f"spread evenly, are attacked, in the L∞ norm and on the cross-entropy of the network as "
             f"it predicts (RCE's logits negated); ε is in units of the pixel range. The worst case counts an image as right only if every attack failed on it. "
+            f"Zero gradients is the share of clean test images whose input gradient is exactly zero, so that these attacks cannot move. "
             f"These attacks are a lower bar: they do not adapt to the objective or to the detector, and a stronger attack can only lower the numbers.")
 
 def _warnings(runs:list)->list: # plain words about masked gradients
@@ -139,7 +141,7 @@ def _warnings(runs:list)->list: # plain words about masked gradients
 def _settings(config:StudyConfig)->pd.DataFrame: # the attacks, as a table
     return attack_settings().loc[list(config.attacks)]
 
-# %% ../nbs/11_study.ipynb #d0f212f6
+# %% ../nbs/11_study.ipynb #d0fa92c3
 def publish(
     config:StudyConfig, # the study
     data:ImageData,     # its data
@@ -157,7 +159,8 @@ def publish(
     fooled = f'{name} at ε = {eps}, seed 0, images that were right and then fooled'
     return write_report(out/'report.html', f'Complement objectives on {config.dataset}', {
         'Accuracy': [_reading(config), *_warnings(runs), tables['accuracy'], (figures['accuracy'], 'Accuracy against ε; ε = 0 is clean accuracy.')],
-        'Detection': ['AUC × 100 over images that were right and then fooled; a dash where there are none. Higher scores mean more normal, 50 is guessing.',
+        'Detection': ['AUC × 100 over images that were right and then fooled; a dash where there are none. Higher scores mean more normal, 50 is guessing. '
+                      'Confidence is ranked by its log-odds, so that probabilities that round to 1 do not tie.',
                       tables['detection'], (figures['scores'], f'Scores of {fooled}.'), (figures['roc'], f'ROC curves: {fooled}.')],
         'Hidden vectors': [(figures['hidden'], 't-SNE of the final hidden vectors of test images, seed 0; colours are classes.')],
         'Attacks': [_settings(config)],
