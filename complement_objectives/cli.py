@@ -77,13 +77,13 @@ def study(dataset, root, objectives, alpha, attacks, eps, seeds, epochs, attack_
     runs, report = s.study(config, out, root, device)
     click.echo(f'\nAccuracy (%)\n{s.accuracy_table(runs).to_string()}\n\nDetection, AUC × 100\n{s.detection_table(runs).to_string()}\n\nReport: {report}')
 
-# %% ../nbs/12_cli.ipynb #5da69c3d
+# %% ../nbs/12_cli.ipynb #10ba4861
 def main(
     args=None, # arguments, or None for those of the process
 ):
     "The `cobj` command: one line and exit status 2 for bad input."
     if not sys.warnoptions: warnings.simplefilter('ignore')
-    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
+    os.environ.setdefault('GOMP_SPINCOUNT', '1000')
     try: status = cli.main(args, prog_name='cobj', standalone_mode=False)
     except click.exceptions.Abort: status = _say('interrupted: the same command continues where it was', 130)
     except click.ClickException as e: status = _say(f'error: {e.format_message()}', 2)
