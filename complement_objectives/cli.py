@@ -45,7 +45,7 @@ def cli(ctx):
     Each command has a help page of its own: cobj COMMAND --help."""
     if ctx.invoked_subcommand is None: click.echo(ctx.get_help())
 
-# %% ../nbs/12_cli.ipynb #c81559ca
+# %% ../nbs/12_cli.ipynb #13dbdffe
 @cli.command(epilog='''Examples:
 
 \b
@@ -64,7 +64,8 @@ A study that was interrupted continues where it was when the same command is giv
               '[default: 0.1,0.2,0.3; for cifar10 0.04,0.12,0.2]')
 @click.option('--seeds', type=int, default=2, show_default=True, help='How many networks to train for each objective.')
 @click.option('--epochs', type=int, help="Passes over the training images.  [default: the data set's recipe]")
-@click.option('--attack-images', type=int, help="How many test images to attack, spread evenly over the test set.  [default: the data set's recipe]")
+@click.option('--attack-images', type=int, help='How many test images to attack, spread evenly over the test set.  '
+              "[default: the data set's recipe]")
 @click.option('--out', type=click.Path(), help='Result folder.  [default: results/DATASET]')
 @click.option('--device', default='auto', show_default=True, help='auto, cpu or cuda.')
 def study(dataset, root, objectives, alpha, attacks, eps, seeds, epochs, attack_images, out, device):
@@ -75,7 +76,8 @@ def study(dataset, root, objectives, alpha, attacks, eps, seeds, epochs, attack_
     from complement_objectives import study as s
     config = s.StudyConfig.create(dataset, objectives, alpha, attacks, eps, seeds, epochs, attack_images)
     runs, report = s.study(config, out, root, device)
-    click.echo(f'\nAccuracy (%)\n{s.accuracy_table(runs).to_string()}\n\nDetection, AUC × 100\n{s.detection_table(runs).to_string()}\n\nReport: {report}')
+    click.echo(f'\nAccuracy (%)\n{s.accuracy_table(runs).to_string()}\n')
+    click.echo(f'Detection, AUC × 100\n{s.detection_table(runs).to_string()}\n\nReport: {report}')
 
 # %% ../nbs/12_cli.ipynb #10ba4861
 def main(

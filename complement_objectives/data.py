@@ -69,7 +69,7 @@ def show_images(
     ax.axis('off')
     return ax
 
-# %% ../nbs/03_data.ipynb #6f65e26f
+# %% ../nbs/03_data.ipynb #6b81bef4
 def check_file(
     path:str|Path, # a data file
     md5:str,       # its published checksum, 32 hex digits
@@ -78,10 +78,11 @@ def check_file(
     path = Path(path)
     if not path.is_file(): raise InputError(f'{path} is missing')
     found = calculate_md5(path)
-    if found != md5: raise InputError(f'{path} is empty, truncated or damaged: its md5 is {found}, the original has {md5}; put the original there')
+    if found != md5:
+        raise InputError(f'{path} is empty, truncated or damaged: its md5 is {found}, the original has {md5}; put the original there')
     return path
 
-# %% ../nbs/03_data.ipynb #6f57ed5d
+# %% ../nbs/03_data.ipynb #c13952bd
 def parse_idx(
     content:bytes, # a whole IDX file
     name:str,      # what to call it in the error
@@ -90,7 +91,8 @@ def parse_idx(
     n_dims = content[3] if len(content) > 3 else 0
     shape = np.frombuffer(content[4:4 + 4*n_dims], '>i4') if len(content) >= 4 + 4*n_dims else []
     body = content[4 + 4*n_dims:]
-    if n_dims == 0 or len(body) != np.prod(shape, dtype=int): raise InputError(f'{name} is empty, truncated or no IDX file: put the original there')
+    if n_dims == 0 or len(body) != np.prod(shape, dtype=int):
+        raise InputError(f'{name} is empty, truncated or no IDX file: put the original there')
     return torch.from_numpy(np.frombuffer(body, np.uint8).reshape(shape).copy())
 
 # %% ../nbs/03_data.ipynb #f7a4ded5
@@ -129,7 +131,7 @@ def data_root(
     "Where the data sets lie."
     return Path(root or os.environ.get('COBJ_ROOT') or Path.home()/'.cache'/'complement_objectives').expanduser()
 
-# %% ../nbs/03_data.ipynb #ca7c68fe
+# %% ../nbs/03_data.ipynb #158fda53
 def _folder(name:str, root:Path)->Path: # where the files of `name` belong
     cls = _sources[name][0]
     return root/cls.base_folder if cls is CIFAR10 else root/cls.__name__/'raw'
@@ -145,7 +147,8 @@ def _download(name:str, root:Path, timeout:float=20): # fetch through torchvisio
             shutil.move(_folder(name, Path(temporary)), folder)
     except (OSError, RuntimeError) as e:
         if created and root.is_dir(): root.rmdir()
-        raise InputError(f"no {name} below {root}, and downloading failed ({str(e).splitlines()[0][:80] if str(e) else type(e).__name__}): "
+        why = str(e).splitlines()[0][:80] if str(e) else type(e).__name__
+        raise InputError(f"no {name} below {root}, and downloading failed ({why}): "
                          f"put {', '.join(_files[name])} into {folder}, or name another folder with --root") from None
     finally: socket.setdefaulttimeout(before)
 

@@ -47,7 +47,7 @@ RECIPES = {
     'cifar10': Recipe('resnet20', epochs=30, batch_size=128, lr=1e-3, eps=(0.04, 0.12, 0.2), attack_images=1000,
                       mean=(.4914, .4822, .4465), std=(.2023, .1994, .2010))}
 
-# %% ../nbs/10_runs.ipynb #6131b8dd
+# %% ../nbs/10_runs.ipynb #9bcc1cfb
 @dataclass(frozen=True)
 class StudyConfig:
     "All that decides the numbers of a study; two studies with equal configurations and versions give equal results."
@@ -82,11 +82,12 @@ class StudyConfig:
         eps = tuple(sorted({check_eps(e) for e in (recipe.eps if eps is None else eps)}))
         epochs = recipe.epochs if epochs is None else epochs
         attack_images = recipe.attack_images if attack_images is None else attack_images
-        counts = {'objectives': len(objectives), 'attacks': len(attacks), 'eps': len(eps), 'seeds': seeds, 'epochs': epochs, 'attack images': attack_images}
+        counts = {'objectives': len(objectives), 'attacks': len(attacks), 'eps': len(eps),
+                  'seeds': seeds, 'epochs': epochs, 'attack images': attack_images}
         for what, n in counts.items():
             if n < 1: raise InputError(f'at least one of {what} is needed, got {n}')
-        return cls(dataset, tuple(dict.fromkeys(objectives)), float(alpha), tuple(dict.fromkeys(attacks)), eps, seeds, epochs, attack_images,
-                   recipe.batch_size, recipe.lr, recipe.model)
+        objectives, attacks = (tuple(dict.fromkeys(names)) for names in (objectives, attacks))
+        return cls(dataset, objectives, float(alpha), attacks, eps, seeds, epochs, attack_images, recipe.batch_size, recipe.lr, recipe.model)
 
 # %% ../nbs/10_runs.ipynb #ea538327
 def config_dict(
@@ -99,7 +100,7 @@ def config_dict(
 def _differences(theirs:dict, ours:dict)->str: # 'epochs: 40 there, 20 asked for; …'
     return '; '.join(f'{k}: {theirs.get(k)} there, {v} asked for' for k, v in ours.items() if theirs.get(k) != v)
 
-# %% ../nbs/10_runs.ipynb #e4207921
+# %% ../nbs/10_runs.ipynb #1bc8dcc0
 def open_folder(
     out:str|Path,       # the result folder
     config:StudyConfig, # what is to be studied
@@ -111,7 +112,8 @@ def open_folder(
     if out.is_dir() and any(out.iterdir()):
         if not marker.is_file(): raise InputError(f'{out} holds other files and no study: name a new folder with --out')
         differences = _differences(load_json(marker).get('config', {}), ours)
-        if differences: raise InputError(f'{out} belongs to another study ({differences}): name another folder with --out, or delete this one')
+        if differences:
+            raise InputError(f'{out} belongs to another study ({differences}): name another folder with --out, or delete this one')
     try:
         for name in ('runs', 'tables', 'figures'): (out/name).mkdir(parents=True, exist_ok=True)
         if not marker.exists(): save_json(dict(config=ours), marker)
@@ -143,7 +145,7 @@ def _network(config:StudyConfig, data:ImageData): # freshly initialised
 def _score_tensors(scores:pd.DataFrame)->dict: # a column a tensor
     return {name: torch.from_numpy(scores[name].to_numpy(copy=True)) for name in scores}
 
-# %% ../nbs/10_runs.ipynb #b75ed67c
+# %% ../nbs/10_runs.ipynb #57d364df
 def train_part(
     config:StudyConfig, # the study
     data:ImageData,     # its data
@@ -155,8 +157,8 @@ def train_part(
 )->dict:                # the report, also in `folder/train.json`
     "Train one network and everything that is fitted on it."
     seed_everything(derive_seed(seed, 'init'))
-    model, report = train_classifier(data, _network(config, data), objective, config.epochs, config.batch_size, config.lr, config.alpha,
-                                     seed=derive_seed(seed, 'train'), device=device, progress=progress)
+    model, report = train_classifier(data, _network(config, data), objective, config.epochs, config.batch_size, config.lr,
+                                     config.alpha, seed=derive_seed(seed, 'train'), device=device, progress=progress)
     start = time.perf_counter()
     density = fit_density(model, data.pixels(data.train_x), data.train_y, seed=derive_seed(seed, 'density'))
     test_x = data.pixels(data.test_x)
@@ -206,7 +208,7 @@ def attacked_indices(
     n = min(config.attack_images, total)
     return torch.arange(n) * total // n
 
-# %% ../nbs/10_runs.ipynb #b27e3faa
+# %% ../nbs/10_runs.ipynb #2bd23892
 def attack_part(
     config:StudyConfig, # the study
     data:ImageData,     # its data
@@ -228,14 +230,16 @@ def attack_part(
         scores = detection_scores(model, density, x_adv)
         tensors |= {f'{eps}/{k}': v for k, v in _score_tensors(scores).items()}
         right = torch.from_numpy(scores['predicted'].to_numpy()) == y
-        results[str(eps)] = dict(accuracy=accuracy(right), distortion=distortion(x_adv, x).mean().item(), auc=detection_auc(normal, scores, y))
+        results[str(eps)] = dict(accuracy=accuracy(right), distortion=distortion(x_adv, x).mean().item(),
+                                 auc=detection_auc(normal, scores, y))
         if progress: progress(i + 1, len(config.eps))
     save_tensors(tensors, folder/f'{name}.safetensors')
-    report = dict(eps=results, settings=attack_settings().loc[name].to_dict(), seconds=time.perf_counter() - start, device=str(device))
+    report = dict(eps=results, settings=attack_settings().loc[name].to_dict(),
+                  seconds=time.perf_counter() - start, device=str(device))
     save_json(report, folder/f'{name}.json')
     return report
 
-# %% ../nbs/10_runs.ipynb #0f321f4c
+# %% ../nbs/10_runs.ipynb #8d060343
 def finish_run(
     config:StudyConfig, # the study
     data:ImageData,     # its data
@@ -244,7 +248,8 @@ def finish_run(
     folder:Path,        # of the run, with all its parts
 )->dict:                # the run, also in `folder` + '.json'
     "Put the parts of a run together."
-    parts, y = {name: load_tensors(folder/f'{name}.safetensors') for name in config.attacks}, data.test_y[attacked_indices(config, data)]
+    parts = {name: load_tensors(folder/f'{name}.safetensors') for name in config.attacks}
+    y = data.test_y[attacked_indices(config, data)]
     worst = {str(eps): accuracy(worst_case(p[f'{eps}/predicted'] == y for p in parts.values())) for eps in config.eps}
     run = dict(objective=objective, seed=seed, config=config_dict(config), clean=load_json(folder/'train.json'),
                attacks={name: load_json(folder/f'{name}.json') for name in config.attacks}, worst_case=worst)
