@@ -157,7 +157,7 @@ def write_tables(
         with atomic_write(out/'tables'/f'{name}.csv') as temporary: frame.to_csv(temporary)
     return tables
 
-# %% ../nbs/11_study.ipynb #72189a1e
+# %% ../nbs/11_study.ipynb #92ea4c94
 def write_figures(
     config:StudyConfig, # the study
     data:ImageData,     # its data
@@ -170,7 +170,7 @@ def write_figures(
     draw['scores'] = lambda: score_figure(pairs)
     draw['roc'] = lambda: roc_figure(pairs)
     draw['hidden'] = lambda: hidden_figure(config, data, out)
-    with plt.ioff(): return {name: _save(f(), out/'figures'/f'{name}.png') for name, f in draw.items()}
+    return {name: _save(f(), out/'figures'/f'{name}.png') for name, f in draw.items()}
 
 # %% ../nbs/11_study.ipynb #a4d7758e
 def _run_table(runs:list)->pd.DataFrame: # a row a run
