@@ -88,7 +88,11 @@ def test_damaged_cifar(capsys, tmp_path):
     assert 'c99cafc152244af753f735de768cd75f' in refused(capsys, 'study', '--dataset', 'cifar10', '--root', str(tmp_path), '--out', str(tmp_path/'out'))
 
 
-def run(out, **kwargs): return subprocess.Popen([COBJ, *SHORT, '--out', out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+def listens(): signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background jobs inherit a deaf ear
+
+
+def run(out):
+    return subprocess.Popen([COBJ, *SHORT, '--out', out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listens)
 
 
 def numbers(out):
