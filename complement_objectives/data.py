@@ -69,14 +69,14 @@ def show_images(
     ax.axis('off')
     return ax
 
-# %% ../nbs/03_data.ipynb #6b81bef4
+# %% ../nbs/03_data.ipynb #a6578862
 def check_file(
     path:str|Path, # a data file
     md5:str,       # its published checksum, 32 hex digits
 )->Path:           # the same path
     "`InputError` when `path` is missing, empty or differs from the published original."
     path = Path(path)
-    if not path.is_file(): raise InputError(f'{path} is missing')
+    if not path.is_file(): raise InputError(f'{path} is missing: put the original there')
     found = calculate_md5(path)
     if found != md5:
         raise InputError(f'{path} is empty, truncated or damaged: its md5 is {found}, the original has {md5}; put the original there')
