@@ -205,7 +205,11 @@ class PadCropFlip:
         coins = torch.rand(len(x), device=x.device) < 0.5*self.flip
         return crop_and_flip(x, top, left, coins, self.pad)
 
-# %% ../nbs/03_data.ipynb #61f16e6c
+# %% ../nbs/03_data.ipynb #169ad643
+class _Pair(tuple): # images and labels
+    def new_empty(self): return _Pair(o[:0].cpu().clone() for o in self) # what `learn.export` takes along
+
+# %% ../nbs/03_data.ipynb #8ad107c8
 class TensorLoader(DataLoader):
     "A fastai `DataLoader` over images and labels that are tensors: they move to the device once, and a batch is one indexing step there."
     def __init__(self,
@@ -216,12 +220,12 @@ class TensorLoader(DataLoader):
         **kwargs,     # `bs`, `shuffle`, `drop_last`, `device`, …
     ):
         self.scale, self.augment = scale, augment
-        super().__init__(dataset, n=len(dataset[1]), **kwargs)
+        super().__init__(_Pair(dataset), n=len(dataset[1]), **kwargs)
         if self.device is not None: self.to(self.device)
 
     def to(self, device):
         super().to(device)
-        self.dataset = tuple(o.to(self.device) for o in self.dataset)
+        self.dataset = _Pair(o.to(self.device) for o in self.dataset)
 
     def new(self, dataset=None, cls=None, **kwargs):
         return super().new(dataset, cls, **{**dict(scale=self.scale, augment=self.augment), **kwargs})

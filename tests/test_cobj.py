@@ -49,6 +49,25 @@ def test_bad_options(args, said, capsys, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize('args, said', [
+    (['--dataset', 'cifra10'], 'did you mean cifar10'),
+    (['--model', 'lenet'], 'did you mean lenet5'),
+    (['--objective', 'xe,cot'], "unknown objective 'xe,cot'"),
+    (['--preset', 'he2016'], 'did you mean he2016_cifar'),
+    (['--alpha', '0'], 'alpha must be a number above 0'),
+    (['--epochs', '0'], 'epochs must be at least 1'),
+    (['--batch-size', '0'], 'batch size must be at least 1'),
+    (['--lr', 'nan'], 'learning rate must be a number above 0'),
+    (['--adversarial', '8'], 'must be in (0, 1]'),
+    (['--precision', 'fp8'], 'unknown precision'),
+    (['--seed', '-1'], 'seed must be at least 0'),
+    (['--device', 'tpu'], 'valid names are auto, cpu, cuda'),
+])
+def test_bad_training_options(args, said, capsys, tmp_path):
+    assert said in refused(capsys, 'train', *args, '--out', str(tmp_path/'out'))
+    assert not (tmp_path/'out').exists()
+
+
 def test_bad_command(capsys): assert 'studdy' in refused(capsys, 'studdy')
 
 
@@ -91,8 +110,8 @@ def test_damaged_cifar(capsys, tmp_path):
 def listens(): signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background jobs inherit a deaf ear
 
 
-def run(out):
-    return subprocess.Popen([COBJ, *SHORT, '--out', out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listens)
+def run(out, command=SHORT):
+    return subprocess.Popen([COBJ, *command, '--out', out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listens)
 
 
 def numbers(out):
@@ -139,13 +158,39 @@ def test_interrupted_study_continues(how, status, undisturbed, tmp_path):
     assert numbers(out) == numbers(undisturbed[0])
 
 
+def header(folder): # of a trained network, without what depends on the clock
+    return {k: v for k, v in json.loads((folder/'model.json').read_text()).items() if k != 'seconds'}
+
+
+@pytest.mark.parametrize('how, status', [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_interrupted_training_continues(how, status, tmp_path):
+    command = ['train', '--objective', 'cot', '--epochs', '25', '--preset', 'he2016_cifar', '--lr', '0.02', '--augment', '--device', 'cpu']
+    whole, broken = run(tmp_path/'whole', command), run(tmp_path/'broken', command)
+    deadline = time.time() + 200
+    while not (tmp_path/'broken'/'checkpoint.safetensors').exists() and time.time() < deadline: time.sleep(0.02)
+    broken.send_signal(how)
+    broken.communicate(timeout=60)
+    assert broken.returncode == status
+    assert [p.name for p in (tmp_path/'broken').iterdir() if p.name[0] != '.'] == ['checkpoint.safetensors']
+    broken = run(tmp_path/'broken', command)
+    for process in (whole, broken): assert process.communicate(timeout=300) and process.returncode == 0
+    assert header(tmp_path/'broken') == header(tmp_path/'whole')
+    assert len(header(tmp_path/'whole')['history']) == 25
+    assert sorted(p.name for p in (tmp_path/'whole').iterdir()) == ['model.json', 'model.safetensors']
+
+
 def test_other_configuration_is_refused(undisturbed, capsys):
     message = refused(capsys, *SHORT, '--out', str(undisturbed[0]), '--alpha', '1/2')
     assert 'belongs to another study (alpha' in message
 
 
-def test_help_is_complete():
-    for args in (['--help'], ['study', '--help']):
-        page = subprocess.run([COBJ, *args], capture_output=True, text=True, timeout=60)
-        assert page.returncode == 0 and 'cobj study' in page.stdout
-    for flag in 'dataset root objectives alpha attacks eps seeds epochs out device'.split(): assert f'--{flag}' in page.stdout
+FLAGS = dict(study='dataset root objectives alpha attacks eps seeds epochs attack-images out device',
+             train='dataset root model objective alpha preset epochs batch-size lr augment adversarial precision seed out device')
+
+
+@pytest.mark.parametrize('command', [None, *FLAGS])
+def test_help_is_complete(command):
+    args = [command] if command else []
+    page = subprocess.run([COBJ, *args, '--help'], capture_output=True, text=True, timeout=60)
+    assert page.returncode == 0 and ' '.join(['cobj', *args]) in page.stdout
+    for flag in FLAGS.get(command, '').split(): assert f'--{flag}' in page.stdout
