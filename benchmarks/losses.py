@@ -3,14 +3,15 @@
 
     python benchmarks/losses.py [--threads 2] [--rounds 1.0] [--clock wall] [--skip-published]
 
-Each round runs every loss once, in turn, so that a busy machine slows all of them alike. A ratio is given twice:
+Each round runs every loss once, in random order, so that a busy machine, and memory that the one before gave back,
+slow all of them alike. A ratio is given twice:
 of the medians, and (after the slash) of the fastest runs, which a busy machine disturbs least. Where other work keeps
 the cores busy, two threads wait for each other for whole time slices and the medians say nothing; then
 `--threads 1 --clock cpu` counts processor time instead.
 Memory is the highest sum of live allocations during forward and backward, beyond the logits, from torch's profiler.
 The last part needs a GPU and says so where there is none.
 """
-import argparse, os, sys, time
+import argparse, os, random, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -43,7 +44,7 @@ def times(fs, z, t, rounds, sync=lambda: None, clock=time.perf_counter, limit=60
     out = {n:[] for n in fs}
     end = time.time()+limit
     for _ in range(rounds):
-        for n,f in fs.items():
+        for n,f in random.sample(list(fs.items()), len(fs)):
             sync(); s = clock()
             step(f, z, t); sync()
             out[n].append(clock()-s)
@@ -101,5 +102,5 @@ if __name__=='__main__':
     p.add_argument('--clock', choices=['wall','cpu'], default='wall')
     p.add_argument('--skip-published', action='store_true')
     args = p.parse_args()
-    torch.set_num_threads(args.threads); torch.manual_seed(0)
+    torch.set_num_threads(args.threads); torch.manual_seed(0); random.seed(0)
     cpu(args); gpu(args)

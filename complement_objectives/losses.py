@@ -38,59 +38,83 @@ def _stats(
     logq = d.log_softmax(1)
     return odds, -(logq.exp()*logq.masked_fill(g, 0)).sum(1)
 
-# %% ../nbs/01_losses.ipynb #b5398623
+# %% ../nbs/01_losses.ipynb #199b5ed6
+def _masked(
+    z:Tensor, # (M, K) logits
+    t:Tensor, # (M, 1) true classes
+)->Tensor:    # copy of the logits with the true class at a huge negative number
+    "`_mask` by index, with room for a large weight."
+    low = torch.finfo(z.dtype).min/2**40
+    return z.scatter(1, t, low if z.numel()<2**15 else torch.full_like(t, low, dtype=z.dtype)) # the faster one of two
+
 def _others(
     z:Tensor, # (M, K) logits
     t:Tensor, # (M, 1) true classes
-)->tuple:     # x with log q = x - log s, q, log s, and the largest wrong logit
+)->tuple:     # x with log q = x + c, q, c, and the largest wrong logit
     "Softmax `q` over the wrong classes, from one exponential, with its logarithm up to a constant of the row."
-    x = z.scatter(1, t, torch.finfo(z.dtype).min/2)
+    x = _masked(z, t)
     top = x.amax(1, keepdim=True)
     q = x.sub_(top).softmax(1)
-    return x, q, q.amax(1, keepdim=True).log_().neg_(), top
+    return x, q, q.amax(1, keepdim=True).log_(), top
 
-# %% ../nbs/01_losses.ipynb #e5f4a27f
+def _inner(
+    x:Tensor,  # (M, K), overwritten
+    q,         # (M, K), or a number
+    each:bool, # keep the rows apart?
+)->Tensor:     # (M,) or a number
+    "Inner product of the rows of two matrices, or of the matrices."
+    return x.mul_(q).sum(1) if each else x.mul_(q).sum()
+
+# %% ../nbs/01_losses.ipynb #06237665
 def _entropy_closed(
     z:Tensor,   # (M, K) logits
     t:Tensor,   # (M, 1) true classes
-    out:Tensor, # (M, K) to be filled with the gradient of -H, or None
-)->tuple:       # (M,) -H, no coefficient
+    w,          # weight: a number, or (M, 1)
+    each:bool,  # keep the rows apart?
+    out:Tensor, # (M, K) to be filled with the gradient, or None
+)->Tensor:      # -w*H, (M,) or summed
     "Minus the complement entropy and its gradient."
     if z.numel()<2**15:
-        x = z.scatter(1, t, torch.finfo(z.dtype).min/2).log_softmax(1)
-        q,logs = x.exp(),None
-    else: x,q,logs,_ = _others(z, t)
-    if out is not None: torch._softmax_backward_data(x, q, 1, q.dtype, grad_input=out)
-    h = x.mul_(q).sum(1)
-    return (h if logs is None else h-logs[:,0]), None
+        q = (x:=_masked(z, t).log_softmax(1)).exp()
+        x.mul_(w)
+        if out is not None: torch._softmax_backward_data(x, q, 1, q.dtype, grad_input=out)
+        return _inner(x, q, each)
+    x,q,c,_ = _others(z, t)
+    m = x.mul_(q).sum(1, keepdim=True)
+    if out is not None: torch.addcmul(x, q, m, value=-1, out=out).mul_(w)
+    return _inner(c.add_(m), w, each)
 
-# %% ../nbs/01_losses.ipynb #e90a9e91
+# %% ../nbs/01_losses.ipynb #56b64cb2
 def _block(
     z:Tensor,    # (m, K) logits
     t:Tensor,    # (m, 1) true classes
     closed,      # closed form
+    w,           # weight: a number, or (m, 1)
+    each:bool,   # keep the rows apart?
     grad:Tensor, # (m, K) to be filled, in the dtype of `z`, or None
-)->tuple:        # values, coefficients
+)->Tensor:       # loss, (m,) or summed
     "Run a closed form on one block, in float32 or better."
-    if z.dtype in (torch.float32, torch.float64): return closed(z, t, grad)
+    if z.dtype in (torch.float32, torch.float64): return closed(z, t, w, each, grad)
     z = z.float()
-    out = None if grad is None else torch.empty_like(z, memory_format=torch.contiguous_format)
-    res = closed(z, t, out)
+    out = None if grad is None else torch.empty_like(z)
+    loss = closed(z, t, w, each, out)
     if grad is not None: grad.copy_(out)
-    return res
+    return loss
 
-# %% ../nbs/01_losses.ipynb #e91d5861
+# %% ../nbs/01_losses.ipynb #dfe5d4c2
 def _blocks(
     z:Tensor,    # (M, K) logits
     t:Tensor,    # (M, 1) true classes
     closed,      # closed form
+    w,           # weight: a number, or (M, 1)
+    each:bool,   # keep the rows apart?
     grad:Tensor, # (M, K) to be filled, or None
-)->tuple:        # values and coefficients of all rows
+)->Tensor:       # loss, (M,) or summed
     "Run a closed form over blocks of rows, about 2 MB each on a CPU, 256 MB elsewhere."
     n = max(2, (2**19 if z.device.type=='cpu' else 2**26)//z.shape[1]//2*2)
-    res = [_block(z[a:a+n], t[a:a+n], closed, None if grad is None else grad[a:a+n]) for a in range(0, len(z), n)]
-    v,c = zip(*res)
-    return torch.cat(v), None if c[0] is None else torch.cat(c)
+    part = lambda x,a: x[a:a+n] if isinstance(x, Tensor) else x
+    res = [_block(z[a:a+n], t[a:a+n], closed, part(w,a), each, part(grad,a)) for a in range(0, len(z), n)]
+    return torch.cat(res) if each else torch.stack(res).sum()
 
 # %% ../nbs/01_losses.ipynb #391a3450
 def _weigh(
@@ -102,27 +126,49 @@ def _weigh(
     if each: return rows*w
     return (rows*w).sum() if isinstance(w, Tensor) else rows.sum()*w
 
-# %% ../nbs/01_losses.ipynb #c8ac88a7
+# %% ../nbs/01_losses.ipynb #4b85059e
+def _run(
+    z:Tensor,    # (M, K) logits
+    t:Tensor,    # (M,) true classes
+    closed,      # closed form
+    w,           # weight: a number, or (M,)
+    each:bool,   # keep the rows apart?
+    grad:Tensor, # (M, K) to be filled, unweighted in half precision, or None
+)->Tensor:       # loss, (M,) or summed
+    "Run a closed form on all rows, at once if they are few."
+    z,t = z.contiguous(),t.unsqueeze(1)
+    if z.dtype in (torch.float16, torch.bfloat16): return _weigh(_blocks(z, t, closed, 1., True, grad), w, each)
+    if isinstance(w, Tensor): w = w.unsqueeze(1)
+    return closed(z, t, w, each, grad) if z.numel()<=2**19 else _blocks(z, t, closed, w, each, grad)
+
+# %% ../nbs/01_losses.ipynb #edeffc87
 class _ClosedForm(torch.autograd.Function):
     "A loss of rows with its gradient in closed form, differentiable any number of times."
     @staticmethod
     def forward(ctx, z, t, plain, closed, w, each):
-        grad = torch.empty_like(z, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
-        run = _block if z.numel()<=2**19 else _blocks
-        rows,coef = run(z, t[:,None], closed, grad)
-        ctx.save_for_backward(z, t, grad, coef)
-        ctx.args = plain,w,each
-        return _weigh(rows, w, each)
+        ctx.save_for_backward(z, t)
+        ctx.args = plain,closed,w,each
+        ctx.ready = torch.empty_like(z, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
+        return _run(z, t, closed, w, each, ctx.ready)
     @staticmethod
     def backward(ctx, g):
-        z,t,grad,coef = ctx.saved_tensors
-        plain,w,each = ctx.args
-        if torch.is_grad_enabled(): return torch.autograd.grad(_weigh(plain(z, t), w, each), z, g, create_graph=True)[0], None, None, None, None, None
-        g = g*w
+        if torch.is_grad_enabled(): return _again(ctx, g), None, None, None, None, None
+        grad,ctx.ready = ctx.ready if ctx.ready is not None else _again(ctx),None
+        if grad.dtype in (torch.float16, torch.bfloat16): g = g*ctx.args[2]
         if g.ndim: g = g[:,None]
-        if coef is not None: g = g*coef
-        grad = grad*g
-        return grad if grad.dtype==z.dtype else grad.to(z.dtype), None, None, None, None, None
+        try: grad = grad if not g.ndim and g.device.type=='cpu' and g.item()==1 else grad.mul_(g)
+        except RuntimeError: grad = grad*g # many gradients at once, by `vmap`
+        return grad, None, None, None, None, None
+def _again(
+    ctx,           # what `_ClosedForm.forward` left
+    g:Tensor=None, # gradient with respect to the loss, for a result to be differentiated again
+)->Tensor:         # (M, K) gradient with respect to the logits
+    "The gradient once more: from the plain formula given `g`, else as `forward` left it."
+    (z,t),(plain,closed,w,each) = ctx.saved_tensors,ctx.args
+    if g is not None: return torch.autograd.grad(_weigh(plain(z, t), w, each), z, g, create_graph=True)[0]
+    grad = torch.empty_like(z, memory_format=torch.contiguous_format)
+    _run(z, t, closed, w, each, grad)
+    return grad
 
 # %% ../nbs/01_losses.ipynb #c2350c08
 def _traced()->bool: # is torch.compile or a torch.func transform at work?
@@ -177,12 +223,12 @@ def _plain_form(
     "What `_ClosedForm.apply` computes, by plain operations."
     return _weigh(plain(z, t), w, each)
 
-# %% ../nbs/01_losses.ipynb #ff5a27d6
+# %% ../nbs/01_losses.ipynb #39e057e9
 def _loss(
     logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
     target:Tensor,         # (N,) or (N, d1, …) class indices
     plain,                 # (z, t) -> (M,) values, by plain operations
-    closed,                # (z, t, out) -> values and coefficients, gradient into out
+    closed,                # (z, t, w, each, out) -> loss, gradient into out
     scale:float=1.,        # factor of the values
     weight:Tensor=None,    # (K,) weight of each class
     ignore_index:int=-100, # targets that count for nothing
@@ -192,7 +238,7 @@ def _loss(
     if reduction not in ('none','mean','sum'): raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     z,t = _rows(logits, target)
     each,mean,traced,loss = reduction=='none',reduction=='mean',_traced(),None
-    form = _plain_form if traced else _ClosedForm.apply
+    form = _plain_form if traced or not len(t) else _ClosedForm.apply
     if weight is None and ignore_index<0 and not traced and t.device.type=='cpu':
         w = scale if not mean else scale/len(t) if len(t) else math.nan
         try: loss = form(z, t, plain, closed, w, each)
@@ -236,23 +282,26 @@ def _gce_plain(
     odds,h = _stats(z, t)
     return -(alpha*F.logsigmoid(odds)).exp()*h
 
-# %% ../nbs/01_losses.ipynb #62b15d34
+# %% ../nbs/01_losses.ipynb #d66869c7
 def _gce_closed(
     z:Tensor,    # (M, K) logits
     t:Tensor,    # (M, 1) true classes
-    out:Tensor,  # (M, K) to be filled with the gradient over the guiding factor, or None
+    w,           # weight: a number, or (M, 1)
+    each:bool,   # keep the rows apart?
+    out:Tensor,  # (M, K) to be filled with the gradient, or None
     alpha:float, # exponent of the guiding factor
-)->tuple:        # (M,) loss before normalisation, (M, 1) guiding factor
+)->Tensor:       # weighted loss before normalisation, (M,) or summed
     "Guided complement entropy and its gradient."
-    x,q,logs,top = _others(z, t)
-    odds = z.gather(1, t).sub_(top).sub_(logs)
-    h = torch.mul(x, q, out=out).sum(1, keepdim=True).sub_(logs) # -H
-    guide = F.logsigmoid(odds).mul_(alpha).exp_()
+    x,q,c,u = _others(z, t)
+    u.sub_(z.gather(1, t)).sub_(c)        # minus the log-odds
+    m = x.mul_(q).sum(1, keepdim=True)
+    h = c.add_(m)                         # -H
+    guide = F.softplus(u, threshold=40.).mul_(-alpha).exp_().mul_(w)
     if out is not None:
-        r = (h*alpha).mul_(odds.neg_().sigmoid_())               # -r
-        torch._softmax_backward_data(x.scatter_(1, t, r), q.scatter_(1, t, 1.), 1, q.dtype, grad_input=out)
-        out.scatter_(1, t, r)
-    return h.mul_(guide).squeeze(1), guide
+        r = u.sigmoid_().mul_(h).mul_(alpha) # -r
+        x.scatter_(1, t, r); m.add_(r); del r,u
+        torch.addcmul(x, q, m, value=-1, out=out).mul_(guide)
+    return _inner(h, guide, each)
 
 # %% ../nbs/01_losses.ipynb #af0ef069
 def guided_complement_entropy(
@@ -283,19 +332,21 @@ def _smooth_plain(
     g = torch.arange(z.shape[1], device=z.device)==t[:,None]
     return -b*logp.masked_fill(g, 0).sum(1) - a*logp.gather(1, t[:,None]).squeeze(1)
 
-# %% ../nbs/01_losses.ipynb #746f9bbb
+# %% ../nbs/01_losses.ipynb #fcc865d4
 def _smooth_closed(
     z:Tensor,   # (M, K) logits
     t:Tensor,   # (M, 1) true classes
+    w,          # weight: a number, or (M, 1)
+    each:bool,  # keep the rows apart?
     out:Tensor, # (M, K) to be filled with the gradient, or None
     a:float,    # coefficient of the true class
     b:float,    # coefficient of every other class
-)->tuple:       # (M,) loss, no coefficient
+)->Tensor:      # weighted loss, (M,) or summed
     "Minus the sum of `c*log p` and its gradient."
     logp = z.log_softmax(1)
-    c = torch.full_like(z, -b).scatter_(1, t, -a)
+    c = torch.full_like(z, -b).scatter_(1, t, -a).mul_(w)
     if out is not None: torch._log_softmax_backward_data(c, logp, 1, z.dtype, out=out)
-    return c.mul_(logp).sum(1), None
+    return _inner(c, logp, each)
 
 # %% ../nbs/01_losses.ipynb #300d9835
 def reverse_cross_entropy(
