@@ -44,15 +44,19 @@ def check_labels(
     if y.shape != (n,): raise InputError(f'labels have shape {tuple(y.shape)}: {n} images need one class index each, shape ({n},)')
     if y.is_floating_point() or y.dtype == torch.bool: raise InputError(f'labels are {y.dtype}: give class indices as integers')
 
-# %% ../nbs/03a_perturbation.ipynb #b73bfc9d
+# %% ../nbs/03a_perturbation.ipynb #0d09cbd6
 def _directed(
-    face:torch.Tensor, # float64; overwritten
-    up:bool,           # round up, or down?
-)->torch.Tensor:       # float32
+    face:torch.Tensor,  # float64; overwritten
+    up:bool,            # round up, or down?
+    signed:bool=True,   # may there be negative numbers? If not, it is quicker
+)->torch.Tensor:        # float32
     "Round doubles to float32 in the given direction."
     bits, rest = face.view(torch.int64), 2**29 - 1
-    negative = bits >> 63 # -1 or 0
-    bits.add_((~negative if up else negative).bitwise_and_(rest)).bitwise_and_(~rest)
+    if signed:
+        negative = bits >> 63 # -1 or 0
+        bits.add_((~negative if up else negative).bitwise_and_(rest))
+    elif up: bits.add_(rest)
+    bits.bitwise_and_(~rest)
     return face.float()
 
 # %% ../nbs/03a_perturbation.ipynb #cb640deb
@@ -65,17 +69,18 @@ def _stepped(
     outside = (rounded.double() - x.double()).abs() > (face - x.double()).abs()
     return torch.where(outside, torch.nextafter(rounded, x), rounded)
 
-# %% ../nbs/03a_perturbation.ipynb #99b08d4f
+# %% ../nbs/03a_perturbation.ipynb #a7885da8
 def faces(
     x:torch.Tensor,      # images, within the bounds
     eps:float,           # radius of the ball
     bounds:tuple=(0, 1), # smallest and largest value of a pixel
 )->tuple:                # smallest and largest value of every pixel, each like `x`
     "The L∞ ball around `x` within the bounds; a loop computes it once and clamps often."
-    wide = x.double()
-    low, high = (wide - eps).clamp_(min=bounds[0]), (wide + eps).clamp_(max=bounds[1])
-    if x.dtype == torch.float32: return _directed(low, up=True), _directed(high, up=False)
-    return _stepped(low, x), _stepped(high, x)
+    wide, signed = x.double(), bounds[0] < 0
+    low, high = wide - eps, wide + eps
+    if x.dtype == torch.float32: low, high = _directed(low, True, signed), _directed(high, False, signed)
+    else: low, high = _stepped(low, x), _stepped(high, x)
+    return low.clamp_(min=bounds[0]), high.clamp_(max=bounds[1])
 
 # %% ../nbs/03a_perturbation.ipynb #18a2848d
 def project(
