@@ -48,19 +48,20 @@ def load_header(
         with safe_open(path, 'pt') as file: return json.loads((file.metadata() or {}).get('header', '{}'))
     except (OSError, SafetensorError): raise _damaged(path) from None
 
-# %% ../nbs/04d_checkpoints.ipynb #417a947c
+# %% ../nbs/04d_checkpoints.ipynb #c78d01f7
 def _sha256(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 def save_classifier(
     model:torch.nn.Module, # what `create_model` made, in a `ReverseLogits` or not
     network:dict,          # `name` of the network in `MODELS` and the arguments `create_model` was given
     folder:str|Path,       # made where it does not exist
+    tensors:dict=None,     # further tensors for the weights' file; their names start with 'detector.'
     **info,                # further entries of the header: class names, accuracy, …
 )->Path:                   # the folder
     "Write `model.safetensors` and `model.json`."
     folder, reverse = Path(folder), isinstance(model, ReverseLogits)
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors((model.model if reverse else model).state_dict(), folder/'model.safetensors')
+    save_tensors((model.model if reverse else model).state_dict() | (tensors or {}), folder/'model.safetensors')
     header = dict(format=_format, network=network, reverse=reverse, weights_sha256=_sha256(folder/'model.safetensors'), versions=software_versions())
     save_json({**header, **info}, folder/'model.json')
     return folder
@@ -68,7 +69,7 @@ def save_classifier(
 # %% ../nbs/04d_checkpoints.ipynb #11add218
 _format = 'complement_objectives classifier 1'
 
-# %% ../nbs/04d_checkpoints.ipynb #c4be36e0
+# %% ../nbs/04d_checkpoints.ipynb #2c836b77
 def load_classifier(
     folder:str|Path, # of `save_classifier`
     device='cpu',    # where the network goes
@@ -82,7 +83,7 @@ def load_classifier(
     if _sha256(folder/'model.safetensors') != header['weights_sha256']:
         raise InputError(f'{folder}/model.safetensors does not belong to the model.json beside it: train again')
     model = create_model(**header['network'])
-    model.load_state_dict(tensors)
+    model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith('detector.')})
     return (ReverseLogits(model) if header['reverse'] else model).to(device).eval(), header
 
 # %% ../nbs/04d_checkpoints.ipynb #0d2a5de2
@@ -131,7 +132,7 @@ def _to(nest, device): # every tensor of a nest on `device`
     if isinstance(nest, dict): return {k: _to(v, device) for k, v in nest.items()}
     return [_to(v, device) for v in nest] if isinstance(nest, list) else nest
 
-# %% ../nbs/04d_checkpoints.ipynb #7677d591
+# %% ../nbs/04d_checkpoints.ipynb #19bcf4c5
 class ResumableTraining(Callback):
     "Checkpoint after every epoch; a later `fit` of the same length goes on where the file ends, with the same final numbers."
     order = 61 # after the recorder
@@ -157,7 +158,7 @@ class ResumableTraining(Callback):
 
     def after_epoch(self):
         if self.epoch >= len(self.rows):
-            self.rows.append([float(v) for v in self.learn.recorder.values[-1]])
+            self.rows.append([float('nan') if v is None else float(v) for v in self.learn.recorder.values[-1]])
             if not rank_distrib(): self._save()
         if self.on_epoch: self.on_epoch(self.epoch + 1, self.n_epoch)
 
