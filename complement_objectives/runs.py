@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXPOSURES', 'Exposure', 'StudyConfig', 'config_dict', 'open_folder', 'train_part', 'load_run', 'load_scores',
-           'attacked_indices', 'attack_part', 'finish_run', 'run_parts']
+           'attacked_indices', 'size_name', 'attack_part', 'finish_run', 'run_parts']
 
-# %% ../nbs/10_runs.ipynb #35f3229b
+# %% ../nbs/10_runs.ipynb #a974815b
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .attacks import ATTACKS, attack, attack_settings, check_eps
+from .attacks import ATTACKS, attack, attack_settings, check_eps, radii
 from .checkpoints import differences, load_tensors, save_tensors
 from .core import InputError, atomic_write, choose, derive_seed, load_json, save_json, seed_everything, software_versions
 from .data import DATASETS, ImageData, load_data
@@ -165,14 +165,14 @@ def load_run(
     density.load_state_dict(_load(folder/'density.safetensors'))
     return model.to(device).eval(), density
 
-# %% ../nbs/10_runs.ipynb #d9fac15f
+# %% ../nbs/10_runs.ipynb #547da441
 def load_scores(
     folder:Path,     # of the run
     part:str,        # 'clean' or an attack
-    eps:float|None=None, # the attack's ε
+    size:str|None=None, # of the attack, see `size_name`
 )->pd.DataFrame:     # as `detection_scores` gave it
     "The per-image scores of a part."
-    tensors, prefix = _load(folder/f'{part}.safetensors'), '' if eps is None else f'{eps}/'
+    tensors, prefix = _load(folder/f'{part}.safetensors'), '' if size is None else f'{size}/'
     return pd.DataFrame({name: tensors[prefix + name].numpy() for name in ('predicted', *SCORES)})
 
 # %% ../nbs/10_runs.ipynb #b8b0da38
@@ -185,7 +185,26 @@ def attacked_indices(
     n = min(config.attack_images, total)
     return torch.arange(n) * total // n
 
-# %% ../nbs/10_runs.ipynb #2bd23892
+# %% ../nbs/10_runs.ipynb #dda9ce3f
+def size_name(
+    eps, # an L∞ radius, or None for an attack's own budget
+)->str:  # as it stands in result files and tables
+    "0.1 → '0.1', None → 'own'."
+    return 'own' if eps is None else str(eps)
+
+# %% ../nbs/10_runs.ipynb #dc1ac216
+def _outcome(normal, scores, x_adv, x, y)->dict: # of one attack at one size
+    right = torch.from_numpy(scores['predicted'].to_numpy()) == y
+    fooled = ~right & (torch.from_numpy(normal['predicted'].to_numpy()) == y)
+    far = distortion(x_adv, x)[fooled]
+    return dict(accuracy=accuracy(right), fooled=fooled.sum().item(), distortion=far.mean().item() if len(far) else None,
+                auc=detection_auc(normal, scores, y))
+
+# %% ../nbs/10_runs.ipynb #809db934
+def _detector(name, density, clean)->dict: # further settings of an attack that knows the detector
+    return dict(density=density, eta=-clean['K-density'].median()) if name == 'cw_wb' else {}
+
+# %% ../nbs/10_runs.ipynb #4e87ace8
 def attack_part(
     config:StudyConfig, # the study
     data:ImageData,     # its data
@@ -196,27 +215,26 @@ def attack_part(
     device='cpu',       # where to compute
     progress=None,      # called with (attacks done, attacks in all)
 )->dict:                # the report, also in `folder/NAME.json`
-    "Attack one network with one attack at every ε."
+    "Attack one network with one attack, at every ε or at its own budget."
     start, tensors, results = time.perf_counter(), {}, {}
     model, density = load_run(config, data, objective, folder, device)
     index = attacked_indices(config, data)
     x, y = data.pixels(data.test_x[index]), data.test_y[index]
     normal = load_scores(folder, 'clean').iloc[index].reset_index(drop=True)
-    for i, eps in enumerate(config.eps):
-        x_adv = attack(model, x, y, name, eps, seed=derive_seed(seed, 'attack', name, eps))
+    sizes, settings = radii(name, config.eps), _detector(name, density, load_scores(folder, 'clean'))
+    for i, eps in enumerate(sizes):
+        x_adv = attack(model, x, y, name, eps, seed=derive_seed(seed, 'attack', name, eps), **settings)
         scores = detection_scores(model, density, x_adv)
-        tensors |= {f'{eps}/{k}': v for k, v in _score_tensors(scores).items()}
-        right = torch.from_numpy(scores['predicted'].to_numpy()) == y
-        results[str(eps)] = dict(accuracy=accuracy(right), distortion=distortion(x_adv, x).mean().item(),
-                                 auc=detection_auc(normal, scores, y))
-        if progress: progress(i + 1, len(config.eps))
+        tensors |= {f'{size_name(eps)}/{k}': v for k, v in _score_tensors(scores).items()}
+        results[size_name(eps)] = _outcome(normal, scores, x_adv, x, y)
+        if progress: progress(i + 1, len(sizes))
     save_tensors(tensors, folder/f'{name}.safetensors')
     report = dict(eps=results, settings=attack_settings().loc[name].to_dict(),
                   seconds=time.perf_counter() - start, device=str(device))
     save_json(report, folder/f'{name}.json')
     return report
 
-# %% ../nbs/10_runs.ipynb #97b25ed9
+# %% ../nbs/10_runs.ipynb #0ee83c97
 def finish_run(
     config:StudyConfig, # the study
     data:ImageData,     # its data
@@ -225,16 +243,16 @@ def finish_run(
     folder:Path,        # of the run, with all its parts
 )->dict:                # the run, also in `folder` + '.json'
     "Put the parts of a run together."
-    parts = {name: _load(folder/f'{name}.safetensors') for name in config.attacks}
+    parts = {name: _load(folder/f'{name}.safetensors') for name in config.attacks if radii(name, config.eps) != [None]}
     y = data.test_y[attacked_indices(config, data)]
-    worst = {str(eps): accuracy(worst_case(p[f'{eps}/predicted'] == y for p in parts.values())) for eps in config.eps}
+    worst = {str(eps): accuracy(worst_case(p[f'{eps}/predicted'] == y for p in parts.values())) for eps in config.eps} if parts else {}
     run = dict(objective=objective, seed=seed, config=config_dict(config), clean=load_json(folder/'train.json'),
                attacks={name: load_json(folder/f'{name}.json') for name in config.attacks}, worst_case=worst)
     run['seconds'] = run['clean']['seconds'] + run['clean']['fit_seconds'] + sum(a['seconds'] for a in run['attacks'].values())
     save_json(run, folder.with_name(f'{folder.name}.json'))
     return run
 
-# %% ../nbs/10_runs.ipynb #31a6473a
+# %% ../nbs/10_runs.ipynb #efde4961
 def _runs(config:StudyConfig): # every objective with every seed
     return [(objective, seed) for objective in config.objectives for seed in range(config.seeds)]
 
@@ -244,7 +262,7 @@ def _parts(config:StudyConfig): # every run with its parts, training first
 def _line(objective:str, seed:int, part:str, report:dict)->str: # what is said about a finished part
     head = f"{OBJECTIVES[objective].title} seed {seed}"
     if part == 'train': return f"{head}: trained in {report['seconds']:.1f} s, clean accuracy {100*report['accuracy']:.1f} %"
-    numbers = ', '.join(f"{100*r['accuracy']:.1f} % at {eps}" for eps, r in report['eps'].items())
+    numbers = ', '.join(f"{100*r['accuracy']:.1f} % at {size}" for size, r in report['eps'].items())
     return f"{head}: {part} in {report['seconds']:.1f} s, accuracy {numbers}"
 
 # %% ../nbs/10_runs.ipynb #a6c61ea3

@@ -6,23 +6,27 @@
 __all__ = ['accuracy_table', 'detection_table', 'accuracy_figure', 'score_figure', 'roc_figure', 'hidden_figure', 'write_tables',
            'write_figures', 'publish', 'study']
 
-# %% ../nbs/11_study.ipynb #96527367
-from itertools import product
+# %% ../nbs/11_study.ipynb #a327cb91
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from .attacks import attack_settings
+from .attacks import attack_settings, radii
+from .checkpoints import load_tensors
 from .core import atomic_write, pick_device, software_versions
 from .data import ImageData, load_data
 from .evaluation import SCORES, mean_std
 from .figures import plot_accuracy, plot_hidden, plot_histograms, plot_roc
 from .report import write_report
-from .runs import StudyConfig, attacked_indices, load_scores, load_tensors, open_folder, run_parts
+from .runs import StudyConfig, attacked_indices, load_scores, open_folder, run_parts, size_name
 from .training import OBJECTIVES
 
-# %% ../nbs/11_study.ipynb #7fc1423a
+# %% ../nbs/11_study.ipynb #7e3bed98
+def _sizes(runs:list)->list: # every attack with every size it ran at
+    return [(name, size) for name, a in runs[0]['attacks'].items() for size in a['eps']]
+
 def _columns(runs:list, cell)->dict: # objective's title → text, `cell` giving a run's number
     titles = dict.fromkeys(OBJECTIVES[r['objective']].title for r in runs)
     return {t: mean_std([cell(r) for r in runs if OBJECTIVES[r['objective']].title == t], factor=100) for t in titles}
@@ -30,33 +34,30 @@ def _columns(runs:list, cell)->dict: # objective's title → text, `cell` giving
 def _table(rows:dict, names:list)->pd.DataFrame: # index tuples → columns
     return pd.DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=names))
 
-# %% ../nbs/11_study.ipynb #58831d27
+# %% ../nbs/11_study.ipynb #85938e44
 def accuracy_table(
     runs:list, # as `finish_run` gives them
 )->pd.DataFrame: # index (attack, eps), a column an objective, text in percent
     "Accuracy on clean images, under each attack and in the worst case over the attacks; and how often there was no gradient."
-    config = runs[0]['config']
     rows = {('clean', ''): _columns(runs, lambda r: r['clean']['accuracy'])}
-    for name, eps in product(config['attacks'], map(str, config['eps'])):
-        rows[name, eps] = _columns(runs, lambda r: r['attacks'][name]['eps'][eps]['accuracy'])
-    for eps in map(str, config['eps']): rows['worst case', eps] = _columns(runs, lambda r: r['worst_case'][eps])
+    for name, size in _sizes(runs): rows[name, size] = _columns(runs, lambda r: r['attacks'][name]['eps'][size]['accuracy'])
+    for eps in runs[0]['worst_case']: rows['worst case', eps] = _columns(runs, lambda r: r['worst_case'][eps])
     rows['zero gradients', ''] = _columns(runs, lambda r: r['clean']['zero_gradient_share'])
     return _table(rows, ['attack', 'eps'])
 
-# %% ../nbs/11_study.ipynb #63ebd1b8
+# %% ../nbs/11_study.ipynb #93ccf5a9
 def detection_table(
     runs:list, # as `finish_run` gives them
 )->pd.DataFrame: # index (attack, eps, score), a column an objective, text in units of 0.01
     "AUC × 100 of each detection score over the images that were right and then fooled (as RCE Table 2)."
-    config = runs[0]['config']
-    rows = {(name, eps, score): _columns(runs, lambda r: r['attacks'][name]['eps'][eps]['auc'][score])
-            for name, eps, score in product(config['attacks'], map(str, config['eps']), SCORES)}
+    rows = {(name, size, score): _columns(runs, lambda r: r['attacks'][name]['eps'][size]['auc'][score])
+            for name, size in _sizes(runs) for score in SCORES}
     return _table(rows, ['attack', 'eps', 'score'])
 
-# %% ../nbs/11_study.ipynb #71c6f5ef
+# %% ../nbs/11_study.ipynb #17924e15
 def _accuracies(runs:list)->pd.DataFrame: # a row for each run, attack (the worst case among them) and ε, clean at ε = 0
     def rows(r):
-        by_attack = {name: {e: v['accuracy'] for e, v in a['eps'].items()} for name, a in r['attacks'].items()}
+        by_attack = {name: {e: v['accuracy'] for e, v in a['eps'].items()} for name, a in r['attacks'].items() if 'own' not in a['eps']}
         by_attack['worst case'] = r['worst_case']
         return [dict(objective=OBJECTIVES[r['objective']].title, seed=r['seed'], attack=name, eps=float(e), accuracy=v)
                 for name, values in by_attack.items() for e, v in ({'0': r['clean']['accuracy']} | values).items()]
@@ -67,19 +68,24 @@ def _save(fig, path:Path)->Path: # a PNG in one step
     plt.close(fig)
     return path
 
-# %% ../nbs/11_study.ipynb #5a06de64
+# %% ../nbs/11_study.ipynb #008db568
 def accuracy_figure(
     runs:list, # as `finish_run` gives them
 ):             # a matplotlib figure
     "Accuracy against ε: a panel for each attack and one for the worst case."
     panels = list(_accuracies(runs).groupby('attack', sort=False))
-    fig, axs = plt.subplots(1, len(panels), figsize=(3.2*len(panels), 2.8), sharey=True, squeeze=False)
-    for (name, rows), ax in zip(panels, axs[0]): plot_accuracy(rows, name, ax).label_outer()
+    n_columns = min(4, len(panels))
+    n_rows = math.ceil(len(panels)/n_columns)
+    fig, axs = plt.subplots(n_rows, n_columns, figsize=(3.2*n_columns, 2.8*n_rows), sharey=True, squeeze=False)
+    for (name, rows), ax in zip(panels, axs.flat): plot_accuracy(rows, name, ax).label_outer()
+    for ax in axs.flat[len(panels):]: ax.axis('off')
     return fig
 
-# %% ../nbs/11_study.ipynb #d6d02120
+# %% ../nbs/11_study.ipynb #5d477dfa
 def _shown(config:StudyConfig)->tuple: # the attack and ε of the figures of single images
-    return config.attacks[-1], config.eps[len(config.eps)//2]
+    name = next((o for o in reversed(config.attacks) if radii(o, config.eps) != [None]), config.attacks[-1])
+    sizes = radii(name, config.eps)
+    return name, size_name(sizes[len(sizes)//2])
 
 def _pairs(config:StudyConfig, data:ImageData, out:Path)->dict: # title → clean and adversarial scores of the fooled images, seed 0
     (name, eps), index = _shown(config), attacked_indices(config, data)
@@ -178,13 +184,13 @@ def _run_table(runs:list)->pd.DataFrame: # a row a run
              'whole run (s)': round(r['seconds'], 1), 'device': r['clean']['device'], 'σ²': f"{r['clean']['sigma2']:.3g}"} for r in runs]
     return pd.DataFrame(rows)
 
-# %% ../nbs/11_study.ipynb #e7ea4c7c
+# %% ../nbs/11_study.ipynb #6a26c783
 _detection_reading = '''AUC × 100 over images that were right and then fooled; a dash where there are none. Higher scores mean more normal,
 50 is guessing. Confidence is ranked by its log-odds, so that probabilities that round to 1 do not tie.'''
 
 def _sections(config:StudyConfig, runs:list, tables:dict, figures:dict)->dict: # heading → pieces of the report
     name, eps = _shown(config)
-    fooled = f'{name} at ε = {eps}, seed 0, images that were right and then fooled'
+    fooled = f"{name} at {'its own budget' if eps == 'own' else f'ε = {eps}'}, seed 0, images that were right and then fooled"
     accuracy = tables['accuracy'], (figures['accuracy'], 'Accuracy against ε; ε = 0 is clean accuracy.')
     scores = (figures['scores'], f'Scores of {fooled}.'), (figures['roc'], f'ROC curves: {fooled}.')
     versions = ', '.join(f'{k} {v}' for k, v in software_versions().items())
