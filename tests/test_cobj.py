@@ -179,13 +179,31 @@ def test_interrupted_training_continues(how, status, tmp_path):
     assert sorted(p.name for p in (tmp_path/'whole').iterdir()) == ['model.json', 'model.safetensors']
 
 
+@pytest.mark.parametrize('command', ['attack', 'detect', 'report'])
+def test_folder_without_a_network(command, capsys, tmp_path):
+    assert 'holds no trained network' in refused(capsys, command, str(tmp_path))
+    (tmp_path/'model.json').write_text('{"format": ')
+    assert 'not a whole JSON file' in refused(capsys, command, str(tmp_path))
+
+
+def test_damaged_network(capsys, tmp_path):
+    with pytest.raises(SystemExit) as exit: main(['train', '--epochs', '1', '--device', 'cpu', '--out', str(tmp_path/'net')])
+    assert not exit.value.code
+    capsys.readouterr()
+    weights = tmp_path/'net'/'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:-3])
+    for command in ('attack', 'detect', 'report'): assert 'truncated' in refused(capsys, command, str(tmp_path/'net'))
+    assert sorted(p.name for p in (tmp_path/'net').iterdir()) == ['model.json', 'model.safetensors']
+
+
 def test_other_configuration_is_refused(undisturbed, capsys):
     message = refused(capsys, *SHORT, '--out', str(undisturbed[0]), '--alpha', '1/2')
     assert 'belongs to another study (alpha' in message
 
 
 FLAGS = dict(study='dataset root objectives alpha attacks eps seeds epochs attack-images out device',
-             train='dataset root model objective alpha preset epochs batch-size lr augment adversarial precision seed out device')
+             train='dataset root model objective alpha preset epochs batch-size lr augment adversarial precision seed out device',
+             attack='attacks eps images seed root device', detect='detector fpr root device', report='')
 
 
 @pytest.mark.parametrize('command', [None, *FLAGS])
