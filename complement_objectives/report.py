@@ -23,12 +23,12 @@ def picture(
     data = base64.b64encode(Path(path).read_bytes()).decode()
     return Figure(Img(src=f'data:image/png;base64,{data}', alt=caption), Figcaption(caption))
 
-# %% ../nbs/09_report.ipynb #e783122e
+# %% ../nbs/09_report.ipynb #821e4841
 def table(
     frame:pd.DataFrame, # what to show
 ):                      # a `<table>`
     "A data frame as an HTML table; its cells are escaped."
-    return Safe(frame.to_html(border=0, justify='left'))
+    return Safe(frame.to_html(border=0, justify='left', na_rep='–'))
 
 # %% ../nbs/09_report.ipynb #ba8db325
 def render(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPOSURES', 'Exposure', 'StudyConfig', 'config_dict', 'open_folder', 'train_part', 'load_run', 'load_scores',
-           'attacked_indices', 'size_name', 'attack_part', 'finish_run', 'run_parts']
+           'spread', 'attacked_indices', 'size_name', 'attack_part', 'finish_run', 'run_parts']
 
 # %% ../nbs/10_runs.ipynb #a974815b
 import time
@@ -175,15 +175,23 @@ def load_scores(
     tensors, prefix = _load(folder/f'{part}.safetensors'), '' if size is None else f'{size}/'
     return pd.DataFrame({name: tensors[prefix + name].numpy() for name in ('predicted', *SCORES)})
 
-# %% ../nbs/10_runs.ipynb #b8b0da38
+# %% ../nbs/10_runs.ipynb #ffd7596a
+def spread(
+    total:int, # size of the test set
+    n:int,     # how many are wanted, at least 1
+)->torch.Tensor: # (min(n, total),) ascending positions
+    "The first of each of n equal stretches."
+    if n < 1: raise InputError(f'at least one image is needed, got {n}')
+    n = min(n, total)
+    return torch.arange(n) * total // n
+
+# %% ../nbs/10_runs.ipynb #c6a2ee4c
 def attacked_indices(
     config:StudyConfig, # the study
     data:ImageData,     # its data
 )->torch.Tensor:        # (n,) ascending positions in the test set, n at most `config.attack_images`
-    "Which test images are attacked: the first of each of n equal stretches."
-    total = len(data.test_y)
-    n = min(config.attack_images, total)
-    return torch.arange(n) * total // n
+    "Which test images are attacked."
+    return spread(len(data.test_y), config.attack_images)
 
 # %% ../nbs/10_runs.ipynb #dda9ce3f
 def size_name(
