@@ -35,7 +35,7 @@ def dlr_targeted(
     ahead = logits.gather(1, target[:,None]) - logits.gather(1, y[:,None])
     return ahead[:,0]/(top[:,0] - (top[:,2] + top[:,3])/2).clamp_min(1e-12)
 
-# %% ../nbs/06d_audit_attacks.ipynb #62811c5c
+# %% ../nbs/06d_audit_attacks.ipynb #1afc941e
 class Rows(SimpleNamespace):
     "Tensors with one row an image, and other attributes; images that are done can be dropped from all of them."
     def keep(self, rows): # booleans or indices
@@ -44,6 +44,7 @@ class Rows(SimpleNamespace):
             elif isinstance(v, Rows): v.keep(rows)
 
 def _column(v, x): return v.view(-1, *[1]*(x.ndim - 1)) # (N,) to (N, 1, …)
+def _due(step, x): return step % 10 == 1 or not x.is_cuda # look for finished images? On a GPU that waits for it, so not at every step
 
 # %% ../nbs/06d_audit_attacks.ipynb #0cda5efb
 class LinfBall(Rows):
@@ -81,13 +82,14 @@ def checkpoints(
         p += window
     return out
 
-# %% ../nbs/06d_audit_attacks.ipynb #08dc0bed
+# %% ../nbs/06d_audit_attacks.ipynb #332ee223
 class Ascent(Rows):
     "One run of APGD on a batch. `loss` and `fooled` take logits and `aim`, the classes in question."
     def __init__(self, model, ball, start, aim, loss, fooled, stop=True):
         n = len(start)
         super().__init__(model=model, ball=ball, now=start, before=start, aim=aim, loss_func=loss, fooled_func=fooled, stop=stop)
         self.rows, self.done = torch.arange(n, device=start.device), torch.zeros(n, dtype=torch.bool, device=start.device)
+        self.total = torch.zeros(n, dtype=start.dtype, device=start.device) # of gradients: NaN where one was
         wrong = self.look()
         self.best, self.best_gradient, self.best_loss = self.now, self.gradient, self.loss
         self.done, self.seen, self.halved = wrong & stop, self.loss, torch.ones_like(wrong)
@@ -97,7 +99,7 @@ class Ascent(Rows):
         seen = []
         def loss(logits, aim): seen.append(logits.detach()); return self.loss_func(logits, aim)
         self.gradient, self.loss = input_gradient(self.model, self.now, self.aim, loss)
-        check_finite(self.gradient.flatten(1).sum(1))
+        self.total = self.total + self.gradient.flatten(1).sum(1)
         return self.fooled_func(seen[0], self.aim)
 
 # %% ../nbs/06d_audit_attacks.ipynb #aedb2419
@@ -131,7 +133,7 @@ def review(self:Ascent, length): # steps since the last review
     self.loss = torch.where(slow, self.best_loss, self.loss)
     self.halved, self.seen, self.rises = slow, self.best_loss, torch.zeros_like(self.rises)
 
-# %% ../nbs/06d_audit_attacks.ipynb #6e9892e6
+# %% ../nbs/06d_audit_attacks.ipynb #fba6db25
 def ascend(
     ascent:Ascent,     # a new one
     steps:int,         # N_iter
@@ -140,10 +142,12 @@ def ascend(
 )->tuple:              # best images, their loss (N,), and which are fooled (N,), all False without `stop`
     "Run APGD: Algorithm 1 of Croce & Hein (2020)."
     best, loss, fooled = ascent.best.clone(), ascent.best_loss.clone(), ascent.done.clone()
-    def write(): best[ascent.rows], loss[ascent.rows], fooled[ascent.rows] = ascent.best, ascent.best_loss, ascent.done
+    def write():
+        check_finite(ascent.total)
+        best[ascent.rows], loss[ascent.rows], fooled[ascent.rows] = ascent.best, ascent.best_loss, ascent.done
     marks, last = checkpoints(budget or steps, steps), 0
     for k in range(1, steps + 1):
-        if ascent.done.float().mean() > 0.1: write(); ascent.keep(~ascent.done)
+        if _due(k, ascent.now) and ascent.done.float().mean() > 0.1: write(); ascent.keep(~ascent.done)
         if not len(ascent.rows): break
         ascent.move(first=k == 1)
         if k in marks: ascent.review(k - last); last = k
@@ -274,7 +278,7 @@ def repaint(
     new = torch.where(dark ^ same[:,None,None], dim, bright)
     return now.flatten(2).scatter(2, where, new).view_as(now)
 
-# %% ../nbs/06d_audit_attacks.ipynb #d57e5c0d
+# %% ../nbs/06d_audit_attacks.ipynb #0b5ab58d
 def square_search(
     score,             # from images and their row numbers to (N,) scores; above 0 means fooled
     low:torch.Tensor,  # (N, C, H, W) smallest allowed pixels
@@ -287,18 +291,27 @@ def square_search(
     "Random search by squares: Andriushchenko et al. (2020), Algorithm 1."
     now, rows = stripes(low, high, keys), torch.arange(len(low), device=low.device)
     s = Rows(rows=rows, low=low, high=high, keys=keys, now=now, value=score(now, rows))
+    s.bad = s.value.isnan()
     best, value, spent = now.clone(), s.value.clone(), torch.ones_like(rows)
     for i in range(n_queries - 1):
-        done = s.value > 0
-        if done.any(): best[s.rows[done]], value[s.rows[done]] = s.now[done], s.value[done]; s.keep(~done)
+        if _due(i, s.now):
+            _check_scores(s.bad)
+            done = s.value > 0
+            if done.any(): best[s.rows[done]], value[s.rows[done]] = s.now[done], s.value[done]; s.keep(~done)
         if not len(s.rows): break
         if i % draws == 0: s.noise = uniform_noise(s.keys, (draws, 2 + low.shape[1]), draw=1 + i//draws)
         new = repaint(s.now, s.low, s.high, side_length(i, n_queries, *low.shape[2:], p), s.noise[:, i % draws])
-        new_value, spent[s.rows] = score(new, s.rows), i + 2
-        better = new_value > s.value
-        s.now[better], s.value[better] = new[better], new_value[better]
+        new_value, open = score(new, s.rows), s.value <= 0
+        spent[s.rows] += open
+        s.bad = s.bad | new_value.isnan()
+        better = open & (new_value > s.value)
+        s.now, s.value = torch.where(_column(better, new), new, s.now), torch.where(better, new_value, s.value)
+    _check_scores(s.bad)
     best[s.rows], value[s.rows] = s.now, s.value
     return best, value, spent
+
+def _check_scores(bad): # (N,) booleans
+    if bad.any(): raise InputError('a logit is NaN: check that the logits of the model are finite')
 
 # %% ../nbs/06d_audit_attacks.ipynb #7d89d19f
 class Square(PlainCall, FixedEpsilonAttack):
@@ -315,7 +328,7 @@ class Square(PlainCall, FixedEpsilonAttack):
         x, restore = ep.astensor_(inputs)
         return restore(ep.astensor(self.search(model, x.raw, criterion, epsilon, model.bounds)[0]))
 
-# %% ../nbs/06d_audit_attacks.ipynb #a88aa4a7
+# %% ../nbs/06d_audit_attacks.ipynb #e805beae
 @patch
 def search(self:Square,
     model,               # from images to logits
@@ -329,6 +342,7 @@ def search(self:Square,
     classes, sign = goal(criterion)
     with torch.no_grad():
         best, value, spent = x.clone(), _score(model, sign, x, classes), torch.zeros_like(classes)
+        _check_scores(value.isnan())
         open = (value <= 0).nonzero().flatten()
         if not len(open): return best, value, spent
         score = lambda z, rows: _score(model, sign, z, classes[open[rows]])
@@ -337,9 +351,7 @@ def search(self:Square,
     return best, value, spent
 
 def _score(model, sign, x, classes): # the margin, above 0 where the attack has won
-    value = sign*margin(model(x), classes)
-    if value.isnan().any(): raise InputError('a logit is NaN: check that the logits of the model are finite')
-    return value
+    return sign*margin(model(x), classes)
 
 # %% ../nbs/06d_audit_attacks.ipynb #684a562d
 def _norm(v, p): return v.flatten(1).norm(p, dim=1)
@@ -369,16 +381,16 @@ class L2FMN(FMN):
     distance = fb.distances.l2
     def within(self, delta, size): return delta*_column((size/_norm(delta, 2).clamp_min(1e-30)).clamp(max=1), delta)
 
-# %% ../nbs/06d_audit_attacks.ipynb #0adf8e9b
+# %% ../nbs/06d_audit_attacks.ipynb #a6a65cc8
 @patch
 def search(self:FMN, model, x, criterion): # as in `APGD.search`
     "The nearest adversarial images met; the image itself where there was none."
     (classes, sign), p, n = goal(criterion), self.distance.p, self.steps
     size, best, now = torch.zeros_like(x.flatten(1)[:,0]), x.clone(), x
-    least, found = size + math.inf, size < 0
+    total, least, found = size, size + math.inf, size < 0
     for i in range(n + 1):
         gradient, value = input_gradient(model, now, classes, lambda z, y: sign*margin(z, y))
-        check_finite(gradient.flatten(1).sum(1))
+        total = total + gradient.flatten(1).sum(1)
         won, far = value > 0, _norm(now - x, p)
         better = won & (far < least)
         best, least, found = torch.where(_column(better, x), now, best), torch.where(better, far, least), found | won
@@ -388,6 +400,7 @@ def search(self:FMN, model, x, criterion): # as in `APGD.search`
         size = torch.where(won, torch.minimum(size*(1 - gamma), least), torch.maximum(size*(1 + gamma), guess))
         ahead = now - x + step*gradient/_column(_norm(gradient, 2).clamp_min(1e-30), x)
         now = (x + self.within(ahead, size)).clamp(*model.bounds)
+    check_finite(total)
     return best
 
 # %% ../nbs/06d_audit_attacks.ipynb #8aee4ea5

@@ -6,7 +6,7 @@
 __all__ = ['TARGETS', 'output_derivatives', 'saliency_map', 'choose_targets', 'pair_candidates', 'best_pair', 'JSMA', 'jsma',
            'jsma_pairs']
 
-# %% ../nbs/06b_saliency_attacks.ipynb #19741068
+# %% ../nbs/06b_saliency_attacks.ipynb #383289cb
 import eagerpy as ep
 import foolbox as fb
 import math
@@ -14,9 +14,9 @@ import torch
 from foolbox.attacks.base import MinimizationAttack, raise_if_kwargs
 from torch import nn
 
-from .attack_base import PlainCall, goal
+from .attack_base import PlainCall, goal, random_targets
 from .core import InputError
-from .perturbation import sample_keys, uniform_noise
+from .perturbation import sample_keys
 
 # %% ../nbs/06b_saliency_attacks.ipynb #8873dcc3
 def _product(logits, x, v, more=False): # vᵀ ∂logits/∂x, (N, F)
@@ -52,7 +52,7 @@ def saliency_map(
     if theta < 0: a, b = -a, -b
     return torch.where((a < 0) | (b > 0), torch.zeros_like(a), a*b.abs())
 
-# %% ../nbs/06b_saliency_attacks.ipynb #54a4db76
+# %% ../nbs/06b_saliency_attacks.ipynb #74df9cf0
 TARGETS = 'least_likely', 'runner_up', 'random'
 
 def choose_targets(
@@ -62,10 +62,7 @@ def choose_targets(
     keys:torch.Tensor=None,      # (N,) from `sample_keys`, for 'random'
 )->torch.Tensor:                 # (N,) class indices ≠ y
     "A target class for every image: RCE's authors take the least likely."
-    if target == 'random':
-        u = uniform_noise(keys, (1,))[:, 0]
-        t = (u*(logits.shape[1] - 1)).long()
-        return t + (t >= y).long()
+    if target == 'random': return random_targets(keys, y, logits.shape[1])
     sign = 1 if target == 'runner_up' else -1
     return (sign*logits).scatter(1, y[:,None], -torch.inf).argmax(1)
 
