@@ -60,7 +60,7 @@ def kl_divergence(
     "KL(p ‖ q) of each row."
     return F.kl_div(log_q, log_p, reduction='none', log_target=True).sum(-1)
 
-# %% ../nbs/04b_adversarial.ipynb #4d6999e9
+# %% ../nbs/04b_adversarial.ipynb #d20af956
 class AdversarialTraining(Callback):
     "Train on adversarial images: PGD on cross-entropy inside, the learner's own loss outside (GCE §5.3)."
     order, run_valid = MixedPrecision.order - 1, False
@@ -76,6 +76,7 @@ class AdversarialTraining(Callback):
     ):
         if steps < 1: raise InputError(f'steps is {steps}: the inner loop needs at least 1')
         if trades is not None and not trades >= 0: raise InputError(f'trades is {trades}: the weight must be at least 0')
+        if trades is not None and not random: raise InputError('TRADES needs a random start: at the image itself its inner loss has no gradient')
         self.eps, self.steps, self.random, self.mode = check_eps(eps), steps, random, choose(mode, _modes, 'mode')
         self.step = 2.5*self.eps/steps if step is None else step
         self.inner_loss, self.trades, self.x_adv = inner_loss, trades, None

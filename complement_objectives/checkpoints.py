@@ -6,13 +6,14 @@
 __all__ = ['save_tensors', 'load_tensors', 'load_header', 'save_classifier', 'load_classifier', 'EpochSeeds', 'split_tensors',
            'join_tensors', 'ResumableTraining', 'differences']
 
-# %% ../nbs/04d_checkpoints.ipynb #cab8dffc
+# %% ../nbs/04d_checkpoints.ipynb #9ae22166
 import hashlib, json, random
 from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.torch_core import rank_distrib
+from fastcore.basics import patch
 from fastcore.foundation import L
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -175,14 +176,16 @@ def _smooth_state(recorder): # fastai's running mean of the training loss
     loss = recorder.smooth_loss
     return dict(count=loss.count, val=loss.val)
 
-# %% ../nbs/04d_checkpoints.ipynb #611c8528
-def _save(self):
+# %% ../nbs/04d_checkpoints.ipynb #5bd420e7
+@patch
+def _save(self:ResumableTraining):
     tensors, states = {}, {name: o.state_dict() for name, o in _stateful(self.learn).items()}
     header = dict(format=_checkpoint_format, settings=self.settings, rows=self.rows,
                   states=split_tensors(states, tensors), smooth_loss=split_tensors(_smooth_state(self.learn.recorder), tensors, 'smooth'))
     save_tensors({k: v.clone() for k, v in tensors.items()}, self.path, header)
 
-def _restore(self):
+@patch
+def _restore(self:ResumableTraining):
     header, tensors = load_header(self.path), load_tensors(self.path)
     if header.get('format') != _checkpoint_format: raise InputError(f'{self.path} is no checkpoint of this library: delete it or name another')
     apart = differences(header['settings'], json.loads(json.dumps(self.settings)))
@@ -192,5 +195,4 @@ def _restore(self):
     for name, value in join_tensors(header['smooth_loss'], tensors).items(): setattr(self.learn.recorder.smooth_loss, name, value)
     self.rows = header['rows']
 
-ResumableTraining._save, ResumableTraining._restore = _save, _restore
 _checkpoint_format = 'complement_objectives checkpoint 1'

@@ -62,7 +62,7 @@ class TrainingConfig:
     precision:str           # a key of `PRECISIONS`
     seed:int                # of initialisation, batches and augmentation
 
-# %% ../nbs/04f_recipes.ipynb #1d1dff4b
+# %% ../nbs/04f_recipes.ipynb #2c67f9e3
 def training_config(
     dataset:str='digits',       # a key of `DATASETS`
     model:str|None=None,        # a key of `MODELS`; None for the recipe's
@@ -78,7 +78,9 @@ def training_config(
     seed:int=0,                 # any integer from 0
 )->TrainingConfig:              # complete
     "Fill in what is missing; `InputError` for anything that cannot be trained."
-    choose(dataset, DATASETS, 'dataset'), check_objective(objective, 10, alpha), choose(precision, PRECISIONS, 'precision')
+    choose(dataset, DATASETS, 'dataset')
+    choose(precision, PRECISIONS, 'precision')
+    check_objective(objective, 10, alpha)
     recipe = RECIPES[dataset]
     model = recipe.model if model is None else model
     choose(model, MODELS, 'model')
