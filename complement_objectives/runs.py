@@ -6,7 +6,7 @@
 __all__ = ['EXPOSURES', 'Exposure', 'StudyConfig', 'config_dict', 'open_folder', 'train_part', 'load_run', 'load_scores',
            'spread', 'attacked_indices', 'size_name', 'attack_part', 'finish_run', 'run_parts']
 
-# %% ../nbs/10_runs.ipynb #a974815b
+# %% ../nbs/10_runs.ipynb #890da6aa
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from .core import InputError, atomic_write, choose, derive_seed, load_json, save
 from .data import DATASETS, ImageData, load_data
 from .detection import KernelDensity
 from .evaluation import (
-    SCORES, accuracy, detection_auc, detection_scores, distortion, fit_density, worst_case, zero_gradient_share)
+    SCORES, accuracy, chosen_pairs, detection_auc, detection_scores, distortion, fit_density, worst_case, zero_gradient_share)
 from .models import ReverseLogits, create_model, forward_batches
 from .recipes import RECIPES
 from .training import OBJECTIVES, check_objective, train_classifier
@@ -200,12 +200,11 @@ def size_name(
     "0.1 → '0.1', None → 'own'."
     return 'own' if eps is None else str(eps)
 
-# %% ../nbs/10_runs.ipynb #dc1ac216
+# %% ../nbs/10_runs.ipynb #a34b44ae
 def _outcome(normal, scores, x_adv, x, y)->dict: # of one attack at one size
-    right = torch.from_numpy(scores['predicted'].to_numpy()) == y
-    fooled = ~right & (torch.from_numpy(normal['predicted'].to_numpy()) == y)
-    far = distortion(x_adv, x)[fooled]
-    return dict(accuracy=accuracy(right), fooled=fooled.sum().item(), distortion=far.mean().item() if len(far) else None,
+    before, after = (torch.from_numpy(s['predicted'].to_numpy()) for s in (normal, scores))
+    far = distortion(x_adv, x)[chosen_pairs(before, after, y)]
+    return dict(accuracy=accuracy(after == y), fooled=len(far), distortion=far.mean().item() if len(far) else None,
                 auc=detection_auc(normal, scores, y))
 
 # %% ../nbs/10_runs.ipynb #809db934

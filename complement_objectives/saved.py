@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['attack_saved', 'attack_results', 'detect_saved', 'report_saved']
 
-# %% ../nbs/11a_saved.ipynb #c301a9af
+# %% ../nbs/11a_saved.ipynb #35526d19
 import math
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from .attacks import attack, attack_settings, check_eps, make_attack, radii
 from .checkpoints import load_classifier, load_tensors, save_tensors
 from .core import InputError, choose, derive_seed, load_json, pick_device, save_json
 from .data import load_data
-from .detection import DETECTORS, create_detector
-from .evaluation import accuracy, correct, distortion, worst_case, zero_gradient_share
+from .detection import DETECTORS, KernelDensity, create_detector
+from .evaluation import accuracy, auc_interval, chosen_pairs, distortion, worst_case
 from .models import forward_batches
-from .reject import RobustClassifier, coverage, detection_metrics, load_robust, save_robust, selective_accuracy
+from .reject import RobustClassifier, coverage, load_robust, save_robust, selective_accuracy
 from .report import write_report
 from .runs import size_name, spread
 
@@ -36,7 +36,7 @@ def _subfolder(folder, name): # made, or one line why not
     except OSError as e: raise InputError(f'{path} cannot be written to ({e.strerror})') from None
     return path
 
-# %% ../nbs/11a_saved.ipynb #e641be39
+# %% ../nbs/11a_saved.ipynb #3b1303c4
 def attack_saved(
     folder:str|Path,      # of `train_network`
     names:tuple=('pgd',), # keys of `ATTACKS`
@@ -48,48 +48,65 @@ def attack_saved(
     progress=None,        # called with (attacks done, attacks in all, what is next)
 )->pd.DataFrame:          # a row for each attack and size: accuracy, images fooled, their mean distortion
     "Attack a saved network; `attacks/NAME.json` and `.safetensors` hold what came out."
-    for name in names: make_attack(name)
     eps = [check_eps(e) for e in eps]
     model, _, data = _load(folder, root, device)
+    settings = {name: _detector(folder, name) for name in names}
+    for name in names: make_attack(name, **settings[name])
     index = spread(len(data.test_y), images)
     x, y = data.pixels(data.test_x[index]), data.test_y[index]
-    clean, into = correct(model, x, y), _subfolder(folder, 'attacks')
+    clean, into = dict(index=index, labels=y, predicted=_predicted(model, x)), _subfolder(folder, 'attacks')
     for i, name in enumerate(names):
         if progress: progress(i, len(names), name)
-        _attack_one(model, x, y, index, clean, name, radii(name, eps), seed, into)
+        _attack_one(model, x, clean, name, settings[name], radii(name, eps), seed, into)
     return attack_results(folder)
 
-# %% ../nbs/11a_saved.ipynb #1253361e
-def _attack_one(model, x, y, index, clean, name, sizes, seed, into): # one attack at all of its sizes, written
-    results, tensors = {}, dict(index=index, clean=clean)
-    for eps in sizes:
-        x_adv = attack(model, x, y, name, eps, seed=derive_seed(seed, 'attack', name, eps))
-        right = correct(model, x_adv, y)
-        far = distortion(x_adv, x)[clean & ~right]
-        results[size_name(eps)] = dict(accuracy=accuracy(right), fooled=len(far), distortion=far.mean().item() if len(far) else None)
-        tensors |= {f'{size_name(eps)}/images': x_adv, f'{size_name(eps)}/right': right}
-    save_tensors(tensors, into/f'{name}.safetensors')
-    save_json(dict(attack=name, settings=attack_settings().loc[name].to_dict(), seed=seed, images=len(y), clean=accuracy(clean), sizes=results), into/f'{name}.json')
+# %% ../nbs/11a_saved.ipynb #175253aa
+def _detector(folder, name): # further settings of an attack that knows the detector
+    if name != 'cw_wb': return {}
+    option = load_robust(Path(folder)/'robust')[0].option if (Path(folder)/'robust').is_dir() else None
+    if option is None or not isinstance(option.detector, KernelDensity): raise InputError(f'cw_wb attacks a K-density detector, and {folder} has none: run cobj detect first')
+    return dict(density=option.detector, eta=-option.threshold_.item())
 
-# %% ../nbs/11a_saved.ipynb #a80a11d9
+# %% ../nbs/11a_saved.ipynb #2801a708
+def _predicted(model, x): return forward_batches(model, x)[1].argmax(1)
+
+def _outcome(before, after, labels, x_adv, x): # of one attack at one size
+    far = distortion(x_adv, x)[chosen_pairs(before, after, labels)]
+    return dict(accuracy=accuracy(after == labels), fooled=len(far), distortion=far.mean().item() if len(far) else None)
+
+# %% ../nbs/11a_saved.ipynb #3b37c9b5
+def _attack_one(model, x, clean, name, settings, sizes, seed, into): # one attack at all of its sizes, written
+    y, results, tensors = clean['labels'], {}, dict(clean)
+    for eps in sizes:
+        x_adv, size = attack(model, x, y, name, eps, seed=derive_seed(seed, 'attack', name, eps), **settings), size_name(eps)
+        tensors |= {f'{size}/images': x_adv, f'{size}/predicted': _predicted(model, x_adv)}
+        results[size] = _outcome(clean['predicted'], tensors[f'{size}/predicted'], y, x_adv, x)
+    save_tensors(tensors, into/f'{name}.safetensors')
+    save_json(dict(attack=name, settings=attack_settings().loc[name].to_dict(), seed=seed, images=len(y),
+                   clean=accuracy(clean['predicted'] == y), sizes=results), into/f'{name}.json')
+
+# %% ../nbs/11a_saved.ipynb #f444ab6b
 def attack_results(
     folder:str|Path, # of `attack_saved`
 )->pd.DataFrame:     # index (attack, eps); accuracy in percent, images, fooled, distortion in grey levels
     "Every attack in the folder, and the worst case over those that kept to the same ε and saw the same images."
-    files = sorted((Path(folder)/'attacks').glob('*.json'))
     rows, right = {}, {}
-    for path in files:
+    for path in sorted((Path(folder)/'attacks').glob('*.json')):
         report, tensors = load_json(path), load_tensors(path.with_suffix('.safetensors'))
         rows['clean', ''] = dict(accuracy=100*report['clean'], images=report['images'])
         for size, r in report['sizes'].items():
             rows[report['attack'], size] = dict(r, accuracy=100*r['accuracy'], images=report['images'])
-            if size != 'own': right.setdefault((size, tuple(tensors['index'].tolist())), []).append(tensors[f'{size}/right'])
+            same = size, tuple(tensors['index'].tolist())
+            if size != 'own': right.setdefault(same, []).append(tensors[f'{size}/predicted'] == tensors['labels'])
     for (size, index), parts in right.items():
         if len(parts) > 1: rows['worst case', size] = dict(accuracy=100*accuracy(worst_case(parts)), images=len(index))
-    frame = pd.DataFrame(rows).T.reindex(columns=['accuracy', 'images', 'fooled', 'distortion']).astype(float)
-    return frame.rename_axis(['attack', 'eps'])
+    return _frame(rows, ['attack', 'eps'], ['accuracy', 'images', 'fooled', 'distortion'])
 
-# %% ../nbs/11a_saved.ipynb #83a5b445
+# %% ../nbs/11a_saved.ipynb #588c7d6d
+def _frame(rows, names, columns): # key → {column: number} as a table of floats
+    return pd.DataFrame(rows).T.reindex(columns=columns).astype(float).rename_axis(names)
+
+# %% ../nbs/11a_saved.ipynb #2abe81ad
 def detect_saved(
     folder:str|Path,           # of `train_network`
     detector:str='k-density',  # a key of `DETECTORS`
@@ -101,48 +118,48 @@ def detect_saved(
     choose(detector, DETECTORS, 'detector')
     if not 0 < fpr < 1: raise InputError(f'the false-positive rate must be between 0 and 1, got {fpr}')
     model, header, data = _load(folder, root, device)
-    held_out, judged = _halves(folder, len(data.test_y))
+    judged = _judged(folder, len(data.test_y))
     robust = RobustClassifier(model, create_detector(detector)).to(next(model.parameters()).device)
-    robust.fit(data.pixels(data.train_x), data.train_y).calibrate(data.pixels(data.test_x[held_out]), fpr)
+    robust.fit(data.pixels(data.train_x), data.train_y).calibrate(data.pixels(data.test_x[~judged]), fpr)
     save_robust(robust, header['network'], Path(folder)/'robust', training=header['training'], class_names=header['class_names'], scale=header['scale'])
     table = _answers(robust, data, judged, folder)
     save_json(dict(detector=detector, fpr=fpr, threshold=robust.option.threshold_, rows=table.reset_index().to_dict('records')), Path(folder)/'detect.json')
     return table
 
-# %% ../nbs/11a_saved.ipynb #a96558e7
-def _attacked(folder): # name of every attack → its tensors
-    return {path.stem: load_tensors(path) for path in sorted((Path(folder)/'attacks').glob('*.safetensors'))}
+# %% ../nbs/11a_saved.ipynb #f072b08f
+def _attacked(folder): # name and tensors of every attack, one after the other
+    for path in sorted((Path(folder)/'attacks').glob('*.safetensors')): yield path.stem, load_tensors(path)
 
-def _halves(folder, total): # positions that set the threshold, and positions that judge it
+def _judged(folder, total): # which test images judge the detector; the others set its threshold
     judged = torch.zeros(total, dtype=torch.bool)
-    for tensors in _attacked(folder).values(): judged[tensors['index']] = True
-    if not judged.any() or judged.all(): judged = torch.arange(total) % 2 == 0
-    return (~judged).nonzero().flatten(), judged.nonzero().flatten()
+    for _, tensors in _attacked(folder): judged[tensors['index']] = True
+    if judged.all() or not judged.any(): judged = torch.arange(total) % 2 == 0
+    return judged
 
-# %% ../nbs/11a_saved.ipynb #504e669c
-def _answered(robust, x, batch_size=1000): # labels with NOT SURE, and scores
+# %% ../nbs/11a_saved.ipynb #5721f225
+def _answered(robust, x, batch_size=1000): # labels with NOT SURE, and scores, on the CPU
     device = next(robust.model.parameters()).device
     with torch.no_grad(): parts = [robust(b.to(device)) for b in x.split(batch_size)]
     return tuple(torch.cat([o.cpu() for o in part]) for part in zip(*parts))
 
-def _row(answers, y, **more): # percentages of one kind of input
-    return dict(images=len(y), answered=100*coverage(answers), right=100*selective_accuracy(answers, y), **more)
+def _row(answers, y): # percentages of one kind of input
+    return dict(images=len(y), answered=100*coverage(answers), right=100*selective_accuracy(answers, y))
+
+# %% ../nbs/11a_saved.ipynb #67d55fd6
+def _auc(normal, found, fooled): # × 100
+    return dict(zip(('AUC', 'low', 'high'), (100*v for v in auc_interval(normal[fooled], found[fooled]))), fooled=fooled.sum().item())
 
 def _answers(robust, data, judged, folder): # the table of `detect_saved`
-    labels, normal = _answered(robust, data.pixels(data.test_x[judged]))
-    rows, scores = {('normal', ''): _row(labels, data.test_y[judged])}, dict(zip(judged.tolist(), normal))
-    for name, tensors in _attacked(folder).items():
-        index = tensors['index']
-        for size in [k.split('/')[0] for k in tensors if k.endswith('/images')]:
-            labels, found = _answered(robust, tensors[f'{size}/images'])
-            fooled = tensors['clean'] & ~tensors[f'{size}/right']
-            auc = _auc([scores.get(i) for i in index.tolist()], found, fooled)
-            rows[name, size] = _row(labels, data.test_y[index], fooled=fooled.sum().item(), AUC=auc)
-    return pd.DataFrame(rows).T.reindex(columns=['images', 'answered', 'right', 'fooled', 'AUC']).astype(float).rename_axis(['inputs', 'eps'])
-
-def _auc(normal, found, fooled): # × 100, of the fooled images against their originals; NaN where there are none
-    if not fooled.any() or any(s is None for s in normal): return math.nan
-    return 100*detection_metrics(torch.stack(normal)[fooled], found[fooled], n_boot=1)['value']['AUC']
+    labels, scores = _answered(robust, data.pixels(data.test_x[judged]))
+    rows, normal = {('normal', ''): _row(labels, data.test_y[judged])}, scores.new_zeros(len(judged))
+    normal[judged] = scores
+    for name, tensors in _attacked(folder):
+        index, keep = tensors['index'], judged[tensors['index']]
+        for size in [k.removesuffix('/images') for k in tensors if k.endswith('/images')]:
+            labels, found = _answered(robust, tensors[f'{size}/images'][keep])
+            fooled = chosen_pairs(tensors['predicted'], tensors[f'{size}/predicted'], tensors['labels'])[keep]
+            rows[name, size] = _row(labels, tensors['labels'][keep]) | _auc(normal[index[keep]], found, fooled)
+    return _frame(rows, ['inputs', 'eps'], ['images', 'answered', 'right', 'fooled', 'AUC', 'low', 'high'])
 
 # %% ../nbs/11a_saved.ipynb #37b72624
 def report_saved(
@@ -157,15 +174,15 @@ def report_saved(
     if (folder/'detect.json').is_file(): sections['Detection'] = _detection_pieces(load_json(folder/'detect.json'))
     return write_report(folder/'report.html', f"{training.get('model', 'network')} on {training.get('dataset', '?')}, {training.get('objective', '?')}", sections)
 
-# %% ../nbs/11a_saved.ipynb #15e51752
+# %% ../nbs/11a_saved.ipynb #424b66e8
 def _about(header): # one sentence
     last = header['history'][-1]['accuracy'] if header.get('history') else math.nan
     return f"Accuracy {100*last:.2f} % on the test images after the last epoch; no epoch was chosen by it. One seed; versions: " + ', '.join(f'{k} {v}' for k, v in header['versions'].items()) + '.'
 
 _attack_words = ('Accuracy in percent. fooled counts images that were right and then wrong; distortion is their mean, in grey levels (RCE §4.3). '
-                 "'own' marks attacks that look for the smallest change. These attacks are an upper bound on robustness, and know nothing of a detector.")
+                 "'own' marks attacks that look for the smallest change. Accuracy under an attack is an upper bound on robustness; of these only cw_wb knows a detector.")
 
 def _detection_pieces(found): # words and the table
     words = (f"Detector {found['detector']}, threshold {found['threshold']:.4g}, set so that {100*found['fpr']:g} % of normal images are rejected. "
-             'answered: share that got a class; right: how often it was the true one; AUC × 100 of fooled images against their originals.')
+             'answered: share that got a class; right: how often it was the true one; AUC × 100 of fooled images against their originals, with its 95 % interval.')
     return [words, pd.DataFrame(found['rows']).set_index(['inputs', 'eps']).round(1)]
