@@ -1,0 +1,577 @@
+"""COT outside fastai equals Algorithm 1 written out: plain loops, accelerate, Lightning, a Hugging Face Trainer."""
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from complement_objectives.losses import ComplementEntropyLoss
+from complement_objectives.two_updates import ComplementUpdate, complement_step, complement_trainer, second_optimizer
+
+N, K = 88, 5
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-2)
+OPTS = dict(sgd=SGD, adamw=partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1),
+            adagrad=partial(torch.optim.Adagrad, lr=1e-2), rmsprop=partial(torch.optim.RMSprop, lr=1e-3, momentum=0.9))
+
+
+def cross_entropy(z, y): return -(z.gather(1, y[:, None])[:, 0] - z.exp().sum(1).log()).mean()
+def complement(z, y):
+    "COT Eq 3 as printed, negated."
+    p = z.softmax(1)
+    q = p/(1 - p.gather(1, y[:, None]))
+    wrong = torch.arange(z.shape[1]) != y[:, None]
+    return (q*q.log()).where(wrong, 0).sum(1).mean()/(z.shape[1] - 1)
+
+
+def network(kind='all'):
+    "With layers that see the batch and draw random numbers; 'still': without the random ones; 'plain': with neither."
+    torch.manual_seed(0)
+    between = dict(all=[nn.BatchNorm1d(16), nn.Dropout(0.2)], still=[nn.BatchNorm1d(16)], plain=[])[kind]
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), *between, nn.Linear(16, K)).double()
+
+
+def batches(size=8, n=N):
+    "Micro-batches; the last may be small."
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(n, 6, dtype=torch.double, generator=g), torch.randint(K, (n,), generator=g)
+    return [(x[i:i + size], y[i:i + size]) for i in range(0, n, size)]
+
+
+def updates(micro, n): return [micro[i:i + n] for i in range(0, len(micro), n)]
+
+
+def written_out(model, groups, opt_func=SGD, second=None, n=None, clip=None, schedule=None, context=nullcontext, scaler=None,
+                losses=(cross_entropy, complement)):
+    "Algorithm 1, with accumulation: both updates see every micro-batch of a group, losses divided by n or their number."
+    opt = opt_func(model.parameters())
+    second = opt if second == 'shared' else (second or opt_func)(model.parameters())
+    torch.manual_seed(2)
+    seen = []
+    for i, group in enumerate(groups):
+        for o, loss_func in zip((opt, second), losses):
+            if schedule:
+                for g in o.param_groups: g['lr'] = schedule(i)
+            o.zero_grad()
+            for x, y in group:
+                with context(): loss = loss_func(model(x), y)/(n or len(group))
+                (scaler.scale(loss) if scaler else loss).backward()
+            if scaler: scaler.unscale_(o)
+            if clip: nn.utils.clip_grad_norm_(model.parameters(), clip)
+            if scaler:
+                scaler.step(o)
+                scaler.update()
+            else: o.step()
+        seen.append(loss.item())
+    return model, seen
+
+
+def apart(a, b): return max((p.double() - q.double()).abs().max().item() for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def same(model, oracle, start=None, eps=1e-12):
+    if start is not None: assert apart(oracle, start) > 1e-2  # it has gone somewhere
+    assert apart(model, oracle) < eps
+
+
+LIBRARY = nn.functional.cross_entropy, ComplementEntropyLoss()  # in half precision, where the last bits depend on the formula
+
+
+# Plain loops
+
+@pytest.mark.parametrize('opt', OPTS)
+@pytest.mark.parametrize('second', [None, 'shared', 'own'])
+@pytest.mark.parametrize('n', [1, 2, 3])
+@pytest.mark.parametrize('clip', [None, 0.05])
+def test_plain_loop(opt, second, n, clip):
+    own = partial(torch.optim.SGD, lr=0.03)
+    oracle, losses = written_out(network(), updates(batches(), n), OPTS[opt], own if second == 'own' else second, clip=clip)
+    model = network()
+    first = OPTS[opt](model.parameters())
+    update = ComplementUpdate(model, first, dict(shared=first, own=own(model.parameters())).get(second), clip=clip)
+    torch.manual_seed(2)
+    seen, micro = [], batches()
+    for i, (x, y) in enumerate(micro):
+        last = len(micro) - len(micro) % n
+        size = n if i < last else len(micro) % n
+        (nn.functional.cross_entropy(model(x), y)/size).backward()
+        update.keep(x, y)
+        if (i + 1) % n == 0 or i == len(micro) - 1:
+            if clip: nn.utils.clip_grad_norm_(model.parameters(), clip)
+            first.step()
+            first.zero_grad()
+            seen.append(update.step())
+            assert all(p.grad is None for p in model.parameters()) and not update.kept
+    same(model, oracle, network())
+    if n == 1: assert torch.stack(seen).tolist() == pytest.approx(losses, abs=1e-12)
+
+
+@pytest.mark.parametrize('order', ['zero first', 'zero last', 'zeros'])
+def test_gradients_are_left_as_they_were(order):
+    oracle, _ = written_out(network(), updates(batches(), 1))
+    model = network()
+    opt = SGD(model.parameters())
+    update = ComplementUpdate(model, opt)
+    torch.manual_seed(2)
+    for x, y in batches():
+        if order == 'zero first': opt.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        opt.step()
+        if order == 'zeros': opt.zero_grad(set_to_none=False)
+        before = [p.grad.clone() for p in model.parameters()]
+        update.keep(x, y)
+        update.step()
+        assert all((p.grad == g).all() for p, g in zip(model.parameters(), before))
+        if order == 'zero last': opt.zero_grad()
+    same(model, oracle, network())
+
+
+def test_fixed_divisor_and_weights():
+    micro = batches()
+    for how in ('backward', 'weight'):
+        oracle, _ = written_out(network(), updates(micro, 3), n=3)
+        model = network()
+        opt = SGD(model.parameters())
+        update = ComplementUpdate(model, opt, backward=(lambda loss: (loss/3).backward()) if how == 'backward' else None)
+        torch.manual_seed(2)
+        for group in updates(micro, 3):
+            for x, y in group:
+                (nn.functional.cross_entropy(model(x), y)/3).backward()
+                update.keep(x, y, weight=1/3 if how == 'weight' else None)
+            opt.step()
+            opt.zero_grad()
+            update.step()
+        same(model, oracle, network())
+
+
+def test_mean_over_unequal_micro_batches():
+    "Weights by size give the big batch."
+    x, y = (torch.cat(t) for t in zip(*batches()))
+    oracle, _ = written_out(network('plain'), [[(x, y)]]*3)
+    model = network('plain')
+    opt = SGD(model.parameters())
+    update = ComplementUpdate(model, opt)
+    for _ in range(3):
+        for a, b in zip(x.split([30, 1, 57]), y.split([30, 1, 57])):
+            (nn.functional.cross_entropy(model(a), b)*len(a)/N).backward()
+            update.keep(a, b, weight=len(a)/N)
+        opt.step()
+        opt.zero_grad()
+        update.step()
+    same(model, oracle, network('plain'))
+
+
+@pytest.mark.parametrize('opt', OPTS)
+def test_schedule_and_checkpoint(opt):
+    micro = batches()
+    schedule = lambda i: 1e-2*0.8**i
+    oracle, _ = written_out(network(), updates(micro, 1), OPTS[opt], schedule=schedule)
+    model, saved = network(), None
+    torch.manual_seed(2)
+    for part in (micro[:5], micro[5:]):
+        first = OPTS[opt](model.parameters())
+        if saved: first.load_state_dict(copy.deepcopy(saved))
+        update = ComplementUpdate(model, first)
+        done = 0 if saved is None else 5
+        for i, (x, y) in enumerate(part):
+            for g in first.param_groups: g['lr'] = schedule(i + done)
+            nn.functional.cross_entropy(model(x), y).backward()
+            first.step()
+            first.zero_grad()
+            update.keep(x, y)
+            update.step()
+        saved = json_free(first.state_dict())
+    same(model, oracle, network())
+
+
+def json_free(state):
+    "Through a file, as a checkpoint goes."
+    import io
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_load_into_a_running_update():
+    model = network()
+    opt = SGD(model.parameters())
+    update = ComplementUpdate(model, opt)
+    def go(part):
+        torch.manual_seed(2)
+        for x, y in part:
+            nn.functional.cross_entropy(model(x), y).backward()
+            opt.step()
+            opt.zero_grad()
+            update.keep(x, y)
+            update.step()
+        return copy.deepcopy(model)
+    go(batches()[:4])
+    weights, state = copy.deepcopy(model.state_dict()), json_free(opt.state_dict())
+    first = go(batches()[4:])
+    model.load_state_dict(weights)
+    opt.load_state_dict(state)
+    same(go(batches()[4:]), first, eps=1e-15)
+
+
+def test_group_that_joins_later():
+    def run(step):
+        model = network()
+        opt = SGD(model[-1].parameters())
+        update = step(model, opt)
+        torch.manual_seed(2)
+        for i, (x, y) in enumerate(batches()):
+            if i == 4: opt.add_param_group(dict(params=list(model[0].parameters()), lr=0.05))
+            update(i, x, y)
+        return model
+    def written(model, opt):
+        second = SGD(model[-1].parameters())
+        def update(i, x, y):
+            if i == 4: second.add_param_group(dict(params=list(model[0].parameters()), lr=0.05))
+            for o, loss in ((opt, cross_entropy), (second, complement)):
+                model.zero_grad()
+                loss(model(x), y).backward()
+                o.step()
+        return update
+    def ours(model, opt):
+        second = ComplementUpdate(model, opt)
+        def update(i, x, y):
+            model.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            opt.step()
+            second.keep(x, y)
+            second.step()
+        return update
+    same(run(ours), run(written), network())
+
+
+# Half precision
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('inside', [False, True])
+@pytest.mark.parametrize('clip', [None, 0.05])
+def test_autocast(dtype, inside, clip):
+    "`inside`: the whole update in one autocast block, whose cached weights must not be used again."
+    context = lambda: torch.autocast('cpu', dtype=dtype)
+    scaler = (lambda: torch.amp.GradScaler('cpu')) if dtype == torch.float16 else (lambda: None)
+    micro = [(x.float(), y) for x, y in batches()]
+    oracle, _ = written_out(network().float(), updates(micro, 2), context=context, scaler=scaler(), clip=clip, losses=LIBRARY)
+    model, scaler = network().float(), scaler()
+    opt = SGD(model.parameters())
+    update = ComplementUpdate(model, opt, scaler=scaler, clip=clip, context=nullcontext if inside else context)
+    torch.manual_seed(2)
+    for group in updates(micro, 2):
+        with context() if inside else nullcontext():
+            for x, y in group:
+                with nullcontext() if inside else context(): loss = nn.functional.cross_entropy(model(x), y)/len(group)
+                (scaler.scale(loss) if scaler else loss).backward()
+                update.keep(x, y)
+            if scaler: scaler.unscale_(opt)
+            if clip: nn.utils.clip_grad_norm_(model.parameters(), clip)
+            if scaler:
+                scaler.step(opt)
+                scaler.update()
+            else: opt.step()
+            opt.zero_grad()
+            update.step()
+    assert apart(oracle, network()) > 1e-2
+    same(model, oracle, eps=1e-12)
+
+
+@pytest.mark.parametrize('one_call', [False, True])
+@pytest.mark.parametrize('clip', [None, 0.05])
+def test_scaler(one_call, clip):
+    "A power of two changes nothing in double precision, nor does an overflow, but for the update that it stops."
+    oracle, _ = written_out(network('plain'), updates(batches(), 1), clip=clip)
+    model, scaler = network('plain'), torch.amp.GradScaler('cpu', growth_interval=3)
+    opt, second = SGD(model.parameters()), SGD(model.parameters())
+    update = ComplementUpdate(model, opt, second, scaler=scaler, clip=clip)
+    for x, y in batches():
+        if one_call: complement_step(model, nn.CrossEntropyLoss(), opt, second, x, y, scaler=scaler, clip=clip)
+        else:
+            scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+            scaler.unscale_(opt)
+            if clip: nn.utils.clip_grad_norm_(model.parameters(), clip)
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+            update.keep(x, y)
+            update.step()
+    assert scaler.get_scale() == 2**16*2**(2*len(batches())//3)
+    same(model, oracle, network('plain'))
+
+
+def test_overflow_stops_one_update():
+    model, micro = network('plain'), batches()
+    scaler = torch.amp.GradScaler('cpu', init_scale=2.**16)
+    opt = SGD(model.parameters())
+    update = ComplementUpdate(model, opt, scaler=scaler)
+    x, y = micro[0]
+    for bad in (False, True):
+        before = copy.deepcopy(model)
+        scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        primary = copy.deepcopy(model)
+        update.keep(x*float('inf') if bad else x, y)
+        update.step()
+        assert apart(primary, before) > 0 and (apart(model, primary) == 0) == bad
+    assert scaler.get_scale() == 2**15
+
+
+# One call
+
+@pytest.mark.parametrize('second', ['own', 'shared'])
+def test_complement_step(second):
+    oracle, losses = written_out(network(), updates(batches(), 1), second=None if second == 'own' else second)
+    model = network()
+    opt = SGD(model.parameters())
+    other = opt if second == 'shared' else SGD(model.parameters())
+    torch.manual_seed(2)
+    seen = [complement_step(model, nn.CrossEntropyLoss(), opt, other, x, y) for x, y in batches()]
+    same(model, oracle, network())
+    assert [b.item() for _, b in seen] == pytest.approx(losses, abs=1e-12)
+
+
+def test_complement_step_refuses_what_it_would_drop():
+    model = network()
+    opt = SGD(model.parameters())
+    x, y = batches()[0]
+    model(x).sum().backward()
+    with pytest.raises(ValueError, match='gradients already'): complement_step(model, nn.CrossEntropyLoss(), opt, opt, x, y)
+    opt.zero_grad(set_to_none=False)
+    complement_step(model, nn.CrossEntropyLoss(), opt, opt, x, y)
+
+
+def test_complement_step_with_fastai_and_functions():
+    optimizer = pytest.importorskip('fastai.optimizer')
+    oracle, _ = written_out(network(), updates(batches(), 1), partial(torch.optim.SGD, lr=0.1))
+    for make in (lambda m: optimizer.SGD(list(m.parameters()), lr=0.1),
+                 lambda m: optimizer.OptimWrapper(params=list(m.parameters()), lr=0.1, opt=torch.optim.SGD)):
+        model = network()
+        torch.manual_seed(2)
+        opt, second = make(model), make(model)
+        for x, y in batches(): complement_step(lambda x: model(x), nn.CrossEntropyLoss(), opt, second, x, y)
+        same(model, oracle, network())
+
+
+class Named(nn.Module):
+    "A network with the manners of Hugging Face's."
+    def __init__(self, net, output='object'):
+        super().__init__()
+        self.net, self.output = net, output
+    def forward(self, pixels, labels=None):
+        logits = self.net(pixels)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        if self.output == 'tuple': return (logits,) if loss is None else (loss, logits)
+        out = dict(logits=logits) if loss is None else dict(loss=loss, logits=logits)
+        return type('Output', (), out)() if self.output == 'object' else out
+
+
+@pytest.mark.parametrize('output', ['object', 'dict', 'tuple'])
+@pytest.mark.parametrize('one_call', [False, True])
+def test_dict_batches(output, one_call):
+    oracle, _ = written_out(network(), updates(batches(), 1))
+    model = Named(network(), output)
+    opt, second = SGD(model.parameters()), SGD(model.parameters())
+    update = ComplementUpdate(model, opt, second)
+    torch.manual_seed(2)
+    for x, y in batches():
+        batch = dict(pixels=x, labels=y)
+        if one_call: complement_step(model, nn.CrossEntropyLoss(), opt, second, batch)
+        else:
+            update.keep(batch)
+            nn.functional.cross_entropy(oracle_logits(model, batch), batch.pop('labels')).backward()  # pop: as the Trainer does
+            opt.step()
+            opt.zero_grad()
+            update.step()
+    same(model.net, oracle, network())
+
+
+def oracle_logits(model, batch): return model.net(batch['pixels'])
+
+
+def test_forward():
+    "Which logit belongs to which label: a language model's labels are those of the next position."
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 9), nn.Linear(9, 7)).double()
+    tokens = torch.randint(7, (4, 6))
+    pairs = lambda: (model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    oracle, start = copy.deepcopy(model), copy.deepcopy(model)
+    written_out(oracle_flat := nn.Sequential(*oracle), [[(tokens[:, :-1].flatten(), tokens[:, 1:].flatten())]]*5)
+    opt = SGD(model.parameters())
+    with pytest.raises(ValueError, match='labels of shape'):
+        complement_step(model, nn.CrossEntropyLoss(), opt, opt, dict(labels=tokens))
+    opt = SGD(model.parameters())
+    update = ComplementUpdate(model, opt, forward=lambda model, batch: pairs())
+    for _ in range(5):
+        nn.functional.cross_entropy(*pairs()).backward()
+        opt.step()
+        opt.zero_grad()
+        update.keep(dict(input_ids=tokens))
+        update.step()
+    same(model, oracle_flat, start)
+
+
+# What goes wrong
+
+def test_refusals():
+    model = network()
+    opt = SGD(model.parameters())
+    x, y = batches()[0]
+    update = ComplementUpdate(model, opt)
+    with pytest.raises(ValueError, match='no batch was kept'): update.step()
+    update.keep(x, y)
+    with pytest.raises(ValueError, match='has not stepped'): update.step()
+    nn.functional.cross_entropy(model(x), y).backward()
+    opt.step()
+    update.step()
+    update.keep(x, y)
+    with pytest.raises(ValueError, match='has not stepped'): update.step()
+    update.clear()
+    with pytest.raises(ValueError, match='no batch was kept'): update.step()
+    with pytest.raises(ValueError, match='clip must be above 0'): ComplementUpdate(model, opt, clip=0.)
+    with pytest.raises(ValueError, match='no torch optimizer'): ComplementUpdate(model, object())
+
+
+def test_no_hook_is_left_behind():
+    model = network()
+    opt = SGD(model.parameters())
+    ComplementUpdate(model, opt)
+    assert not opt._optimizer_step_post_hooks
+
+
+# Accelerate
+
+@pytest.fixture
+def accelerate():
+    accelerate = pytest.importorskip('accelerate')
+    from accelerate.state import AcceleratorState, GradientState
+    def make(fp16=False, **kwargs):
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        accelerator = accelerate.Accelerator(cpu=True, **kwargs)
+        if fp16:  # accelerate offers it on GPUs only
+            accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler('cpu', init_scale=fp16)
+            accelerator.state._mixed_precision = 'fp16'
+        return accelerator
+    yield make
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def accelerated(accelerator, model, micro, clip=None, second=None, one_call=False, explicit=False, epochs=1, opt_func=SGD):
+    "The loop of accelerate's documentation, with the second update."
+    opt = opt_func(model.parameters())
+    loader = torch.utils.data.DataLoader(micro, batch_size=None)
+    net, opt, loader = accelerator.prepare(model, opt, loader)
+    if second == 'prepared': second = accelerator.prepare(opt_func(model.parameters()))
+    elif second == 'shared': second = opt
+    elif second == 'bare': second = opt_func(model.parameters())
+    if one_call and second is None: second = second_optimizer(opt)
+    update = None if one_call else ComplementUpdate(net, opt, second, clip=clip, backward=accelerator.backward if explicit else None)
+    torch.manual_seed(2)
+    for _ in range(epochs):
+        for x, y in loader:
+            with accelerator.accumulate(net):
+                if one_call:
+                    losses = complement_step(net, nn.CrossEntropyLoss(), opt, second, x, y, clip=clip)
+                    assert losses[1].isnan().item() != accelerator.sync_gradients
+                    continue
+                accelerator.backward(nn.functional.cross_entropy(net(x), y))
+                if clip and accelerator.sync_gradients: accelerator.clip_grad_norm_(net.parameters(), clip)
+                opt.step()
+                opt.zero_grad()
+                update.keep(x, y)
+                assert (update.step() is None) != accelerator.sync_gradients
+    return model
+
+
+@pytest.mark.parametrize('n', [1, 2, 3])
+@pytest.mark.parametrize('clip', [None, 0.05])
+@pytest.mark.parametrize('second', [None, 'shared', 'bare', 'prepared'])
+@pytest.mark.parametrize('how', ['update', 'explicit', 'one call'])
+def test_accelerate(accelerate, n, clip, second, how):
+    accelerator = accelerate(gradient_accumulation_steps=n)
+    groups = updates(batches(), n)*2
+    oracle, _ = written_out(network('still'), groups, second='shared' if second == 'shared' else None, n=n, clip=clip)
+    model = accelerated(accelerator, network('still'), batches(), clip, second, how == 'one call', how == 'explicit', epochs=2)
+    same(model, oracle, network('still'))
+
+
+@pytest.mark.parametrize('n', [1, 2])
+@pytest.mark.parametrize('one_call', [False, True])
+def test_accelerate_bf16(accelerate, n, one_call):
+    micro = [(x.float(), y) for x, y in batches()]
+    oracle, _ = written_out(network('still').float(), updates(micro, n), n=n, context=lambda: torch.autocast('cpu', torch.bfloat16),
+                            losses=[lambda z, y, loss=loss: loss(z.float(), y) for loss in LIBRARY])  # accelerate gives float32 logits
+    model = accelerated(accelerate(gradient_accumulation_steps=n, mixed_precision='bf16'), network('still').float(), micro, one_call=one_call)
+    same(model, oracle, network('still').float())
+
+
+@pytest.mark.parametrize('n', [1, 3])
+@pytest.mark.parametrize('clip', [None, 0.05])
+@pytest.mark.parametrize('second', [None, 'shared', 'bare', 'prepared'])
+@pytest.mark.parametrize('how', ['update', 'explicit', 'one call'])
+def test_accelerate_fp16(accelerate, n, clip, second, how):
+    "Double precision is not cast, so the loop without a scaler is the oracle."
+    oracle, _ = written_out(network('still'), updates(batches(), n), second='shared' if second == 'shared' else None, n=n, clip=clip)
+    accelerator = accelerate(fp16=2.**16, gradient_accumulation_steps=n)
+    if second == 'prepared' and clip and how != 'one call':  # accelerate itself unscales twice
+        with pytest.warns(UserWarning, match='once for every prepared optimizer'): accelerated(accelerator, network('still'), batches(), clip, second)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)
+        model = accelerated(accelerator, network('still'), batches(), clip, second, how == 'one call', how == 'explicit')
+    same(model, oracle, network('still'))
+
+
+def test_accelerate_clips_by_a_number(accelerate):
+    accelerator = accelerate(fp16=2.**16)
+    model, opt = accelerator.prepare(network('still'), SGD(network('still').parameters()))
+    with pytest.raises(ValueError, match='give clip as a number'):
+        ComplementUpdate(model, opt, clip=lambda parameters: accelerator.clip_grad_norm_(parameters, 1.))
+
+
+def test_bare_optimizer_under_accelerate(accelerate):
+    "Given the optimizer of before `prepare`, the update cannot know of accumulation, and says so."
+    accelerator = accelerate(gradient_accumulation_steps=2)
+    model = network('still')
+    bare = SGD(model.parameters())
+    net, opt = accelerator.prepare(model, bare)
+    update = ComplementUpdate(net, bare)
+    with pytest.raises(ValueError, match='has not stepped'):
+        for x, y in batches():
+            with accelerator.accumulate(net):
+                accelerator.backward(cross_entropy(net(x), y))
+                opt.step()
+                opt.zero_grad()
+                update.keep(x, y)
+                update.step()
+
+
+def test_accelerate_checkpoint(accelerate, tmp_path):
+    def run(part, model, load, save):
+        accelerator = accelerate()
+        net, opt = accelerator.prepare(model, SGD(model.parameters()))
+        update = ComplementUpdate(net, opt)
+        if load: accelerator.load_state(tmp_path/'state')
+        for x, y in part:
+            accelerator.backward(cross_entropy(net(x), y))
+            opt.step()
+            opt.zero_grad()
+            update.keep(x, y)
+            update.step()
+        if save: accelerator.save_state(tmp_path/'state')
+        return model
+    oracle, _ = written_out(network('plain'), updates(batches(), 1))
+    run(batches()[:5], network('plain'), False, True)
+    same(run(batches()[5:], network('plain'), True, False), oracle, network('plain'))
