@@ -16,28 +16,30 @@ from torch import Tensor, nn
 from .core import InputError, choose
 from .losses import ComplementEntropyLoss
 
-# %% ../nbs/03b_two_updates.ipynb #0ce637dc
+# %% ../nbs/03b_two_updates.ipynb #748b512e
 def _bare(
     opt, # torch optimizer, or accelerate's or Lightning's wrapper of one
 ):       # the torch optimizer
     "The optimizer inside the wrappers."
-    while hasattr(opt, 'gradient_state') or hasattr(opt, '_strategy'): opt = opt.optimizer
+    while hasattr(opt, 'gradient_state') or hasattr(opt, '_strategy'):
+        opt = opt.optimizer
     return opt
 
 def second_optimizer(
-    opt,                    # torch optimizer, wrapped or not
-)->torch.optim.Optimizer:   # of the same class, over the same parameters
+    opt,                  # torch optimizer, wrapped or not
+)->torch.optim.Optimizer: # of the same class, over the same parameters
     "Another optimizer with the settings of `opt` and a state of its own."
     opt = _bare(opt)
     if not isinstance(opt, torch.optim.Optimizer):
-        raise InputError(f'{type(opt).__name__} is no torch optimizer: give a complement_opt')
+        kind = type(opt).__name__
+        raise InputError(f'{kind} is no torch optimizer: give a complement_opt')
     known = inspect.signature(type(opt)).parameters
     settings = {k: v for k, v in opt.defaults.items() if k in known}
     return type(opt)([dict(group) for group in opt.param_groups], **settings)
 
-# %% ../nbs/03b_two_updates.ipynb #885ba1b4
+# %% ../nbs/03b_two_updates.ipynb #70eecdad
 class _Follower:
-    "The second optimizer, tied to the first: its settings, and the place where its state is kept."
+    "The second optimizer, tied to the first in its settings and its state's place."
     def __init__(self,
         opt, # torch optimizer of the primary update, wrapped or not
     ): self.source, self.opt, self.states = _bare(opt), second_optimizer(opt), None
@@ -53,13 +55,14 @@ class _Follower:
 
     def keep(self):
         "Put the state where it is saved."
-        self.states = self.source.state['complement'] = self.opt.state_dict()['state']
+        self.states = self.opt.state_dict()['state']
+        self.source.state['complement'] = self.states
 
-# %% ../nbs/03b_two_updates.ipynb #05d212a4
+# %% ../nbs/03b_two_updates.ipynb #664ea34c
 def _logits(
     output, # of a network: logits, or a container of them
 )->Tensor:  # (N, K, …) logits
-    "The logits of a network's output: a tensor, a dict or object with `logits`, or a tuple that begins with them."
+    "Logits as such, under `logits` in a dict or object, or first in a tuple."
     if isinstance(output, Mapping): return output['logits']
     if hasattr(output, 'logits'): return output.logits
     return output[0] if isinstance(output, (tuple, list)) else output
@@ -70,23 +73,34 @@ def logits_and_classes(
 )->tuple:   # (N, K, …) logits, (N, …) classes
     "One forward pass over a batch."
     if not isinstance(batch[0], Mapping): return _logits(model(*batch[:-1])), batch[-1]
-    if 'labels' not in batch[0]:
-        raise InputError(f"no 'labels' among {', '.join(batch[0])}: give a forward function")
     inputs = dict(batch[0])
+    if 'labels' not in inputs:
+        raise InputError(f"no 'labels' among {', '.join(inputs)}: give a forward")
     y = inputs.pop('labels')
-    if y.ndim != 1: raise InputError(f'labels of shape {tuple(y.shape)}: give a forward '
-        'function that says which logit belongs to which label')
+    if y.ndim != 1:
+        raise InputError(f'labels of shape {tuple(y.shape)}: give a forward function '
+            'that says which logit belongs to which label')
     return _logits(model(**inputs)), y
 
-# %% ../nbs/03b_two_updates.ipynb #4f8caaf4
-def _scaler(opt): # the gradient scaler of accelerate's or Lightning's optimizer, or None
+# %% ../nbs/03b_two_updates.ipynb #ca157f7e
+def _scaler(
+    opt, # optimizer
+):       # `GradScaler` of accelerate's or Lightning's wrapper, or None
+    "The gradient scaler that comes with an optimizer."
     plugin = getattr(getattr(opt, '_strategy', None), 'precision_plugin', None)
     return getattr(opt, 'scaler', None) or getattr(plugin, 'scaler', None)
 
-def _parameters(model, *opts): # of the network and of the optimizers, torch's or fastai's, each once
-    lists = [[g['params'] for g in opt.param_groups] if hasattr(opt, 'param_groups') else opt.param_lists for opt in opts]
-    own = model.parameters() if isinstance(model, nn.Module) else ()
-    return list(dict.fromkeys([*own, *(p for groups in lists for group in groups for p in group)]))
+def _parameters(
+    model, # network, or a function
+    *opts, # torch's or fastai's optimizers
+)->list:   # parameters of all of them, each once
+    "All tensors that may hold a gradient."
+    found = list(model.parameters()) if isinstance(model, nn.Module) else []
+    for opt in opts:
+        torchs = hasattr(opt, 'param_groups')
+        groups = [g['params'] for g in opt.param_groups] if torchs else opt.param_lists
+        found += [p for group in groups for p in group]
+    return list(dict.fromkeys(found))
 
 @contextmanager
 def _own_gradients(
@@ -99,26 +113,26 @@ def _own_gradients(
     finally:
         for p, grad in zip(parameters, before): p.grad = grad
 
-# %% ../nbs/03b_two_updates.ipynb #486effc1
+# %% ../nbs/03b_two_updates.ipynb #4379fcf9
 class _Update:
     "An update by one optimizer and one loss, over one or several micro-batches."
     def __init__(self,
-        model,       # network as the loop calls it: wrapped, prepared, compiled
-        opt,         # optimizer
-        loss_func,   # of logits and classes
-        forward=logits_and_classes, # (model, *batch) → logits (N, K, …), classes (N, …)
-        backward=None,       # what the loop does with the loss of a micro-batch; None: divide, scale, go backward
-        context=nullcontext, # makes the context of a forward pass: `lambda: torch.autocast('cuda')`
-        scaler=None,         # `GradScaler` of the loop; None: that of the optimizer, if any
-        clip=None,           # largest norm of the gradient, > 0, or a function of the parameters; None: any
+        model,               # network as the loop calls it: wrapped, prepared, compiled
+        opt,                 # optimizer
+        loss_func,           # of logits and classes
         loop_opt=None,       # optimizer that brings the loop's settings; None: `opt`
+        forward=logits_and_classes, # (model, *batch) → logits (N, K, …), classes
+        backward=None,       # of the loop; None: divide the loss, scale it, backward
+        context=nullcontext, # makes the context of a forward pass
+        scaler=None,         # `GradScaler` of the loop; None: the optimizer's, if any
+        clip=None,           # largest gradient norm, or a function of the parameters
     ):
-        self.model, self.opt, self.loss_func, self.forward = model, opt, loss_func, forward
-        self.backward, self.context, self.clip = backward, context, clip
+        self.model, self.opt, self.loss_func = model, opt, loss_func
+        self.forward, self.backward, self.context = forward, backward, context
         loop_opt = opt if loop_opt is None else loop_opt
-        self.scaler = scaler or _scaler(loop_opt)
+        self.scaler, self.clip = scaler or _scaler(loop_opt), clip
         self.gradient_state = getattr(loop_opt, 'gradient_state', None) # accelerate's
-        self._check()
+        if clip is not None: self._check_clip()
 
     def add(self,
         batch,       # tuple of arguments of `forward`
@@ -137,123 +151,143 @@ class _Update:
     ):
         "Clip and step."
         bare = _bare(self.opt)
-        if self.clip is not None:
-            if self.scaler is not None: self.scaler.unscale_(bare)
-            self.clip(parameters) if callable(self.clip) else nn.utils.clip_grad_norm_(parameters, self.clip)
-        if self.scaler is None or self.opt is not bare: return self.opt.step() # the wrappers know their scaler
-        self.scaler.step(bare)
-        self.scaler.update()
+        if self.clip is not None: self._clip(bare, parameters)
+        if self.scaler is None or self.opt is not bare: self.opt.step() # wrappers scale
+        else:
+            self.scaler.step(bare)
+            self.scaler.update()
 
-    def syncs(self): # is this the last micro-batch of an update? only accelerate's optimizers may deny it
+    def syncs(self): # is this an update's last micro-batch? only accelerate may deny it
         return self.gradient_state is None or self.gradient_state.sync_gradients
-    def _divisor(self, n): return n if self.gradient_state is None else self.gradient_state.num_steps # as accelerate does
-    def _backward(self, loss): (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def _check(self):
-        if self.clip is None or callable(self.clip) and self.scaler is None: return
-        if not callable(self.clip) and not self.clip > 0: raise InputError(f'clip must be above 0, got {self.clip}')
+    def _divisor(self, n): # accelerate divides by a fixed number
+        return n if self.gradient_state is None else self.gradient_state.num_steps
+
+    def _backward(self, loss):
+        if self.scaler is not None: loss = self.scaler.scale(loss)
+        loss.backward()
+
+    def _clip(self, bare, parameters):
+        if self.scaler is not None: self.scaler.unscale_(bare)
+        if callable(self.clip): self.clip(parameters)
+        else: nn.utils.clip_grad_norm_(parameters, self.clip)
+
+    def _check_clip(self):
+        if not callable(self.clip) and not self.clip > 0:
+            raise InputError(f'clip must be above 0, got {self.clip}')
+        if self.scaler is None: return
         if callable(self.clip) and self.gradient_state is not None:
-            raise InputError("give clip as a number: accelerate's clipping unscales once for every optimizer")
-        if self.scaler is not None and hasattr(self.opt, '_strategy'):
-            raise InputError("clip in the module's on_before_optimizer_step: Lightning unscales right before it")
+            raise InputError('give clip as a number: '
+                "accelerate's clipping unscales once for every optimizer")
+        if hasattr(self.opt, '_strategy'):
+            raise InputError("clip in the module's on_before_optimizer_step: "
+                'Lightning unscales right before it')
 
-# %% ../nbs/03b_two_updates.ipynb #b9e059fb
+# %% ../nbs/03b_two_updates.ipynb #508ad921
 class ComplementUpdate:
-    "Line 3 of COT's Algorithm 1, for any training loop: `keep` every micro-batch, `step` after the primary optimizer."
+    "Line 3 of COT's Algorithm 1: `keep` each micro-batch, `step` after the optimizer."
     def __init__(self,
         model,               # network as the loop calls it: wrapped, prepared, compiled
-        opt,                 # optimizer of the primary update, as the loop calls it: torch's, accelerate's, Lightning's
-        complement_opt=None, # None: one like `opt` that follows it, as published; `opt`: shared; or one of your own
-        loss_func=None,      # complement objective of logits and classes; None: `ComplementEntropyLoss()`, COT Eq 3
-        **how,               # `forward`, `backward`, `context`, `scaler`, `clip`, as in `complement_step`
+        opt,                 # primary optimizer, as the loop steps it
+        complement_opt=None, # None: one like `opt`, following it; `opt`; or your own
+        loss_func=None,      # complement objective; None: `ComplementEntropyLoss()`
+        **how,               # `forward`, `backward`, … as in `complement_step`
     ):
         self.model, self.opt = model, opt
         self.follower = _Follower(opt) if complement_opt is None else None
         second = self.follower.opt if self.follower else complement_opt
         loss_func = ComplementEntropyLoss() if loss_func is None else loss_func
-        self.update = _Update(model, second, loss_func, loop_opt=opt, **how)
-        if self.update.scaler is not None and second is not opt and hasattr(second, 'gradient_state'):
-            warnings.warn("accelerate's clip_grad_norm_ unscales the gradients once for every prepared optimizer: prepare the primary one only")
-        self.kept, self.stepped = [], True
+        self.update = _Update(model, second, loss_func, opt, **how)
+        self.kept = []
         self._watch(_bare(opt))
+        prepared = second is not opt and hasattr(second, 'gradient_state')
+        if prepared and self.update.scaler is not None:
+            warnings.warn('prepare the primary optimizer only: clip_grad_norm_ of '
+                'accelerate unscales the gradients once for every prepared optimizer')
 
     def keep(self,
         *batch,      # arguments of `forward`: inputs and classes, or a dict
-        weight=None, # of this micro-batch's loss in the update's; None: 1/n, or as the loop's `backward` divides
+        weight=None, # of this micro-batch's loss; None: 1/n, or as `backward` divides
     ):
         "Remember a micro-batch until the update it belongs to."
-        self.kept.append((tuple(dict(b) if isinstance(b, Mapping) else b for b in batch), weight))
+        batch = tuple(dict(b) if isinstance(b, Mapping) else b for b in batch)
+        self.kept.append((batch, weight))
 
     def clear(self):
         "Forget the micro-batches of an update that the loop has given up."
         self.kept.clear()
 
-    def step(self)->Tensor: # mean complement loss before the update, 0-dim; None between accelerate's updates
+    def step(self)->Tensor: # mean complement loss before the update; None: not yet due
         "Go through the kept micro-batches once more, and update."
         if not self.update.syncs(): return None
-        self._ready()
+        self._check_turn()
         batches, self.kept = self.kept, []
         if self.follower: self.follower.follow()
-        loss = _second(self.update, batches, _parameters(self.model, self.opt, self.update.opt))
+        parameters = _parameters(self.model, self.opt, self.update.opt)
+        loss = _second(self.update, batches, parameters)
         if self.follower: self.follower.keep()
         self.stepped = False
         return loss
 
-    def _watch(self, opt): # has the primary optimizer stepped? fastai's do not tell
-        if not hasattr(opt, 'register_step_post_hook'): return
+    def _watch(self, opt): # has the primary optimizer stepped? only torch's tell
+        self.watched = hasattr(opt, 'register_step_post_hook')
+        if not self.watched: return
         me, self.stepped = weakref.ref(self), False
         def stepped(*_):
             if me(): me().stepped = True
         weakref.finalize(self, opt.register_step_post_hook(stepped).remove)
 
-    def _ready(self):
-        if not self.kept: raise InputError('no batch was kept since the last update: call keep')
-        if not self.stepped and self.update.scaler is None and hasattr(_bare(self.opt), 'register_step_post_hook'):
-            raise InputError('the primary optimizer has not stepped since the last complement update: '
-                'call step after it, once an update, and give the optimizer that the loop steps')
+    def _check_turn(self): # a scaler may have skipped the primary step
+        if not self.kept:
+            raise InputError('no batch was kept since the last update: call keep')
+        if self.watched and not self.stepped and self.update.scaler is None:
+            raise InputError('the primary optimizer has not stepped since the last '
+                'complement update: call step after it; give the one the loop steps')
 
 def _second(
     update,     # `_Update` of the complement objective
     batches,    # list of (batch, weight)
     parameters, # all that get gradients
 )->Tensor:      # mean loss, 0-dim
-    "All of a complement update; only the last backward pass is shared among processes."
-    n, losses = len(batches), []
+    "A whole complement update; processes meet in its last backward pass only."
+    n, total = len(batches), 0.
     with _own_gradients(parameters):
         torch.clear_autocast_cache() # it holds the weights of before the primary update
-        for i, (batch, weight) in enumerate(batches):
-            wait = getattr(update.model, 'no_sync', nullcontext) if i < n - 1 else nullcontext
+        for i, (batch, weight) in enumerate(batches, 1):
+            wait = getattr(update.model, 'no_sync', nullcontext) if i < n else nullcontext
             with wait(): loss = update.add(batch, n, weight)
-            losses.append(loss/n if weight is None else loss*weight)
+            total = total + (loss/n if weight is None else loss*weight)
         update.apply(parameters)
         torch.clear_autocast_cache()
-    return sum(losses)
+    return total
 
-# %% ../nbs/03b_two_updates.ipynb #1d37a613
-_waiting = weakref.WeakKeyDictionary() # optimizer → micro-batches of its next update, under accelerate's accumulation
+# %% ../nbs/03b_two_updates.ipynb #c15e3c1b
+_waiting = weakref.WeakKeyDictionary() # optimizer → batches of its next update
 
 def complement_step(
-    model,                 # any network from `x` to logits (N, K)
-    loss_func,             # primary objective of logits and classes: cross-entropy
-    opt,                   # torch or fastai optimizer of the primary update, or accelerate's
-    complement_opt,        # optimizer of the complement update; may be `opt` itself
-    x,                     # a batch of inputs, or a dict with `labels`
-    y=None,                # (N,) classes; None: they are in `x`
-    complement_loss=None,  # complement objective; None for `ComplementEntropyLoss()`, COT Eq 3
+    model,                # any network from `x` to logits (N, K)
+    loss_func,            # primary objective of logits and classes: cross-entropy
+    opt,                  # torch, fastai or accelerate optimizer of the primary update
+    complement_opt,       # optimizer of the complement update; may be `opt` itself
+    x,                    # a batch of inputs, or a dict with `labels`
+    y=None,               # (N,) classes; None: they are in `x`
+    complement_loss=None, # complement objective; None: `ComplementEntropyLoss()`, Eq 3
     *,
-    forward=logits_and_classes, # (model, *batch) → logits (N, K, …), classes (N, …)
-    backward=None,         # what the loop does with a loss; None: divide as accelerate does, scale, go backward
-    context=nullcontext,   # makes the context of a forward pass: `lambda: torch.autocast('cuda')`
-    scaler=None,           # `GradScaler`; None: that of `opt`, if any
-    clip=None,             # largest norm of each gradient, > 0, or a function of the parameters; None: any
-)->tuple:                  # the two losses, each as it was before its update; NaN for an update that is still to come
+    forward=logits_and_classes, # (model, *batch) → logits (N, K, …), classes
+    backward=None,        # of a loop; None: divide the loss, scale it, backward
+    context=nullcontext,  # makes a pass's context: `lambda: torch.autocast('cuda')`
+    scaler=None,          # `GradScaler`; None: that of `opt`, if any
+    clip=None,            # largest gradient norm, > 0, or a function of the parameters
+)->tuple:                 # both losses before their updates; NaN for one not yet due
     "COT Algorithm 1 for one batch: both updates, with new gradients for each."
-    how = dict(forward=forward, backward=backward, context=context, scaler=scaler, clip=clip, loop_opt=opt)
-    first = _Update(model, opt, loss_func, **how)
-    second = _Update(model, complement_opt, ComplementEntropyLoss() if complement_loss is None else complement_loss, **how)
-    parameters, batch = _parameters(model, opt, complement_opt), (x,) if y is None else (x, y)
+    if complement_loss is None: complement_loss = ComplementEntropyLoss()
+    how = opt, forward, backward, context, scaler, clip
+    first = _Update(model, opt, loss_func, *how)
+    second = _Update(model, complement_opt, complement_loss, *how)
+    parameters = _parameters(model, opt, complement_opt)
     waiting = _waiting.setdefault(opt, [])
     if not waiting: _no_gradients(parameters)
+    batch = (x,) if y is None else (x, y)
     loss = first.add(batch, 1)
     waiting.append((batch, None))
     if not first.syncs(): return loss, torch.full_like(loss, math.nan)
@@ -265,45 +299,59 @@ def complement_step(
 def _no_gradients(
     parameters, # whose gradients are None or 0, and become None
 ):
-    "`InputError` if somebody has gathered gradients that the next two updates would mix up."
+    "`InputError` if there are gradients that this batch's would be mixed with."
     for p in parameters:
         if p.grad is not None and p.grad.norm():
-            raise InputError('there are gradients already: complement_step updates by this batch alone; '
-                'zero them, or accumulate with ComplementUpdate')
+            raise InputError('there are gradients already, and complement_step updates '
+                'by its batch alone: zero them, or accumulate with ComplementUpdate')
         p.grad = None
 
-# %% ../nbs/03b_two_updates.ipynb #d791f02a
+# %% ../nbs/03b_two_updates.ipynb #99578595
 def _share(
     trainer, # Hugging Face Trainer
     inputs,  # dict, one micro-batch
     items,   # labels in all micro-batches of this update, or None
 ):           # weight of this micro-batch in the update
-    "The weight of a micro-batch in the Trainer's own loss: by its labels, or one like the other."
-    if items is None or not (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func):
-        return 1/trainer.current_gradient_accumulation_steps
-    processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
-    return (inputs['labels'] != -100).sum()/items*processes
+    "Weight of a micro-batch in the Trainer's own loss: by its labels, or all alike."
+    counts = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func
+    if items is None or not counts: return 1/trainer.current_gradient_accumulation_steps
+    dtype = torch.promote_types(next(trainer.model.parameters()).dtype, torch.float32)
+    share = (inputs['labels'] != -100).sum(dtype=dtype)/items
+    several = trainer.args.average_tokens_across_devices
+    return share*trainer.accelerator.num_processes if several else share
+
+def _refuse(
+    trainer,  # Hugging Face Trainer
+    callback, # transformers' `TrainerCallback`
+):
+    "`InputError` where the second update could not be made, or would be made twice."
+    if not hasattr(callback, 'on_optimizer_step'):
+        raise InputError('this transformers has no on_optimizer_step: update it')
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise InputError('complement_trainer works with neither DeepSpeed nor FSDP')
+    if hasattr(trainer, 'complement_update'):
+        raise InputError('this Trainer makes complement updates already')
 
 def complement_trainer(
-    trainer,                    # Hugging Face Trainer, before `train`
-    loss_func=None,             # complement objective of logits and classes; None: `ComplementEntropyLoss()`
-    optimizer:str='second',     # 'second': one with a state of its own, as published; 'shared': the Trainer's
+    trainer,                # Hugging Face Trainer, before `train`
+    loss_func=None,         # complement objective; None: `ComplementEntropyLoss()`
+    optimizer:str='second', # 'second': one with a state of its own; or 'shared'
     forward=logits_and_classes, # (model, dict) → logits (N, K, …), classes (N, …)
-):                              # the same Trainer, which logs `complement_loss` next to `loss`
+):                          # the same Trainer; it logs `complement_loss` next to `loss`
     "Make a Hugging Face Trainer train with COT's Algorithm 1."
     from transformers import TrainerCallback
     choose(optimizer, dict(second=0, shared=0), 'optimizer')
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise InputError('complement_trainer works with neither DeepSpeed nor FSDP')
-    if hasattr(trainer, 'complement_update'): raise InputError('this Trainer makes complement updates already')
-    training_step, log, sums = trainer.training_step, trainer.log, [0., 0] # of the losses, number of updates
-    trainer.complement_update = None
+    _refuse(trainer, TrainerCallback)
+    training_step, log = trainer.training_step, trainer.log
+    trainer.complement_update, sums = None, [0., 0] # sum of losses, number of updates
 
     class ComplementUpdates(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            second = trainer.optimizer if optimizer == 'shared' else None
-            trainer.complement_update = ComplementUpdate(trainer.model_wrapped, trainer.optimizer, second, loss_func,
-                forward=forward, backward=trainer.accelerator.backward, clip=args.max_grad_norm or None)
+            trainer.complement_update = ComplementUpdate(
+                trainer.model_wrapped, trainer.optimizer,
+                trainer.optimizer if optimizer == 'shared' else None, loss_func,
+                forward=forward, backward=trainer.accelerator.backward,
+                clip=args.max_grad_norm or None)
         def on_optimizer_step(self, args, state, control, **kwargs):
             sums[:] = sums[0] + trainer.complement_update.step(), sums[1] + 1
 
@@ -315,8 +363,8 @@ def complement_trainer(
 
     def log_both(logs, *args, **kwargs):
         if 'loss' in logs and sums[1]:
-            logs['complement_loss'] = trainer.accelerator.reduce(sums[0]/sums[1], 'mean').item()
-            sums[:] = 0., 0
+            mean = trainer.accelerator.reduce(sums[0]/sums[1], 'mean')
+            logs['complement_loss'], sums[:] = mean.item(), (0., 0)
         return log(logs, *args, **kwargs)
 
     trainer.training_step, trainer.log = step_and_keep, log_both

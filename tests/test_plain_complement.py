@@ -1,5 +1,6 @@
 """COT outside fastai equals Algorithm 1 written out: plain loops, accelerate, Lightning, a Hugging Face Trainer."""
 import copy
+import io
 import json
 import os
 import socket
@@ -88,8 +89,7 @@ LIBRARY = nn.functional.cross_entropy, ComplementEntropyLoss()  # in half precis
 
 @pytest.mark.parametrize('opt', OPTS)
 @pytest.mark.parametrize('second', [None, 'shared', 'own'])
-@pytest.mark.parametrize('n', [1, 2, 3])
-@pytest.mark.parametrize('clip', [None, 0.05])
+@pytest.mark.parametrize('n, clip', [(1, None), (2, 0.05), (3, None)])
 def test_plain_loop(opt, second, n, clip):
     own = partial(torch.optim.SGD, lr=0.03)
     oracle, losses = written_out(network(), updates(batches(), n), OPTS[opt], own if second == 'own' else second, clip=clip)
@@ -187,17 +187,43 @@ def test_schedule_and_checkpoint(opt):
             first.zero_grad()
             update.keep(x, y)
             update.step()
-        saved = json_free(first.state_dict())
+        saved = through_a_file(first.state_dict())
     same(model, oracle, network())
 
 
-def json_free(state):
-    "Through a file, as a checkpoint goes."
-    import io
+def through_a_file(state):
+    "As a checkpoint goes."
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize('name', [name for name, cls in vars(torch.optim).items() if isinstance(cls, type)
+    and issubclass(cls, torch.optim.Optimizer) and name not in ('Optimizer', 'LBFGS', 'SparseAdam', 'Muon')])
+@pytest.mark.parametrize('named', [False, True])
+def test_every_optimizer_of_torch(name, named):
+    "Built like the first, saved within it, and the first one without COT reads the file as well."
+    make = lambda parameters: getattr(torch.optim, name)(parameters, lr=1e-3)
+    oracle, _ = written_out(network(), updates(batches(), 1), make)
+    model, opt = network(), None
+    torch.manual_seed(2)
+    for i, (x, y) in enumerate(batches()):
+        if i % 5 == 0:
+            saved, opt = opt and through_a_file(opt.state_dict()), make(model.named_parameters() if named else model.parameters())
+            if saved: opt.load_state_dict(saved)
+            update = ComplementUpdate(model, opt)
+        nn.functional.cross_entropy(model(x), y).backward()
+        opt.step()
+        opt.zero_grad()
+        update.keep(x, y)
+        update.step()
+    same(model, oracle, eps=1e-8)  # NAdam loads a single-precision number as a double
+    assert apart(oracle, network()) > 1e-4
+    plain = make(model.named_parameters() if named else model.parameters())
+    plain.load_state_dict(through_a_file(opt.state_dict()))
+    nn.functional.cross_entropy(model(x), y).backward()
+    plain.step()
 
 
 def test_load_into_a_running_update():
@@ -214,7 +240,7 @@ def test_load_into_a_running_update():
             update.step()
         return copy.deepcopy(model)
     go(batches()[:4])
-    weights, state = copy.deepcopy(model.state_dict()), json_free(opt.state_dict())
+    weights, state = copy.deepcopy(model.state_dict()), through_a_file(opt.state_dict())
     first = go(batches()[4:])
     model.load_state_dict(weights)
     opt.load_state_dict(state)
@@ -471,7 +497,8 @@ def accelerate():
 def accelerated(accelerator, model, micro, clip=None, second=None, one_call=False, explicit=False, epochs=1, opt_func=SGD):
     "The loop of accelerate's documentation, with the second update."
     opt = opt_func(model.parameters())
-    loader = torch.utils.data.DataLoader(micro, batch_size=None)
+    data = torch.utils.data.TensorDataset(*(torch.cat(t) for t in zip(*micro)))
+    loader = torch.utils.data.DataLoader(data, batch_size=len(micro[0][1]))
     net, opt, loader = accelerator.prepare(model, opt, loader)
     if second == 'prepared': second = accelerator.prepare(opt_func(model.parameters()))
     elif second == 'shared': second = opt
@@ -495,8 +522,7 @@ def accelerated(accelerator, model, micro, clip=None, second=None, one_call=Fals
     return model
 
 
-@pytest.mark.parametrize('n', [1, 2, 3])
-@pytest.mark.parametrize('clip', [None, 0.05])
+@pytest.mark.parametrize('n, clip', [(1, None), (2, 0.05), (2, None), (3, 0.05)])
 @pytest.mark.parametrize('second', [None, 'shared', 'bare', 'prepared'])
 @pytest.mark.parametrize('how', ['update', 'explicit', 'one call'])
 def test_accelerate(accelerate, n, clip, second, how):
@@ -517,8 +543,7 @@ def test_accelerate_bf16(accelerate, n, one_call):
     same(model, oracle, network('still').float())
 
 
-@pytest.mark.parametrize('n', [1, 3])
-@pytest.mark.parametrize('clip', [None, 0.05])
+@pytest.mark.parametrize('n, clip', [(1, 0.05), (3, None), (3, 0.05)])
 @pytest.mark.parametrize('second', [None, 'shared', 'bare', 'prepared'])
 @pytest.mark.parametrize('how', ['update', 'explicit', 'one call'])
 def test_accelerate_fp16(accelerate, n, clip, second, how):
@@ -575,3 +600,272 @@ def test_accelerate_checkpoint(accelerate, tmp_path):
     oracle, _ = written_out(network('plain'), updates(batches(), 1))
     run(batches()[:5], network('plain'), False, True)
     same(run(batches()[5:], network('plain'), True, False), oracle, network('plain'))
+
+
+# Lightning's manual optimisation
+
+def lightning_module(model, n=1, clip=None, second=None, forced=False):
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.net = model
+        def configure_optimizers(self):
+            opt = SGD(self.net.parameters())
+            return [opt, SGD(self.net.parameters())] if second == 'listed' else opt
+        def on_train_start(self):
+            opts = self.optimizers()
+            opt, other = opts if second == 'listed' else (opts, dict(shared=opts).get(second))
+            self.complement = ComplementUpdate(self.net, opt, other, clip=clip if second is None or forced else None,
+                                               backward=lambda loss: self.manual_backward(loss/n))
+        def on_before_optimizer_step(self, optimizer):  # called by the steps of Lightning's optimizers
+            if clip: nn.utils.clip_grad_norm_(self.net.parameters(), clip)
+        def training_step(self, batch, i):
+            x, y = batch
+            opt = self.optimizers()
+            opt = opt[0] if second == 'listed' else opt
+            self.manual_backward(nn.functional.cross_entropy(self.net(x), y)/n)
+            self.complement.keep(x, y)
+            if (i + 1) % n == 0 or self.trainer.is_last_batch:
+                opt.step()
+                opt.zero_grad()
+                self.complement.step()
+    return Module()
+
+
+def lightning_fit(module, micro, ckpt_path=None, max_epochs=2, **kwargs):
+    import lightning
+    loader = torch.utils.data.DataLoader(micro, batch_size=None)
+    trainer = lightning.Trainer(max_epochs=max_epochs, accelerator='cpu', devices=1, logger=False, enable_checkpointing=False,
+                                enable_progress_bar=False, enable_model_summary=False, **kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        trainer.fit(module, loader, ckpt_path=ckpt_path)
+    return trainer
+
+
+@pytest.mark.parametrize('n, clip', [(1, None), (2, 0.05), (3, None)])
+@pytest.mark.parametrize('second', [None, 'listed', 'shared'])
+@pytest.mark.parametrize('scaler', [False, True])
+def test_lightning(n, clip, second, scaler):
+    pytest.importorskip('lightning')
+    from lightning.pytorch.plugins.precision import MixedPrecision
+    oracle, _ = written_out(network('still'), updates(batches(), n)*2, second='shared' if second == 'shared' else None, n=n, clip=clip)
+    plugins = [MixedPrecision('16-mixed', 'cpu', torch.amp.GradScaler('cpu'))] if scaler else None
+    model = network('still')
+    lightning_fit(lightning_module(model, n, clip, second), batches(), plugins=plugins)
+    same(model, oracle, network('still'))
+
+
+def test_lightning_half_precision():
+    pytest.importorskip('lightning')
+    micro = [(x.float(), y) for x, y in batches()]
+    oracle, _ = written_out(network('still').float(), updates(micro, 1)*2, context=lambda: torch.autocast('cpu', torch.bfloat16), losses=LIBRARY)
+    model = network('still').float()
+    lightning_fit(lightning_module(model), micro, precision='bf16-mixed')
+    same(model, oracle, network('still').float(), eps=1e-2)
+
+
+def test_lightning_checkpoint(tmp_path):
+    "The second optimizer's state goes with the first one's."
+    pytest.importorskip('lightning')
+    oracle, _ = written_out(network('plain'), updates(batches(), 1)*2)
+    trainer = lightning_fit(lightning_module(network('plain')), batches(), max_epochs=1)
+    trainer.save_checkpoint(tmp_path/'one.ckpt')
+    model = network('plain')
+    lightning_fit(lightning_module(model), batches(), ckpt_path=tmp_path/'one.ckpt')
+    same(model, oracle, network('plain'))
+
+
+def test_lightning_refuses_to_clip_scaled_gradients():
+    pytest.importorskip('lightning')
+    from lightning.pytorch.plugins.precision import MixedPrecision
+    module = lightning_module(network('plain'), second='listed', clip=0.05, forced=True)
+    with pytest.raises(ValueError, match='on_before_optimizer_step'):
+        lightning_fit(module, batches(), plugins=[MixedPrecision('16-mixed', 'cpu', torch.amp.GradScaler('cpu'))])
+
+
+# A Hugging Face Trainer
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, dtype=torch.double):
+        self.x, self.y = (torch.cat(t) for t in zip(*batches()))
+        self.x = self.x.to(dtype)
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return dict(pixels=self.x[i], labels=self.y[i])
+
+
+class Counts(Named):
+    "Takes the number of labels of the whole update, as the models of the library do."
+    def forward(self, pixels, labels=None, **kwargs):
+        out = super().forward(pixels, labels)
+        items = kwargs.get('num_items_in_batch')
+        if items is not None and labels is not None: out['loss'] = out['loss']*len(labels)/items
+        return out
+
+
+def hf_trainer(model, folder, n=1, clip=0., resume=None, steps=None, cot=True, size=8, optimizer='second', logs=0, dtype=torch.double, own=False, **kwargs):
+    transformers = pytest.importorskip('transformers')
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *args): return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    args = transformers.TrainingArguments(str(folder), num_train_epochs=2, per_device_train_batch_size=size, gradient_accumulation_steps=n,
+        max_grad_norm=clip, use_cpu=True, report_to='none', disable_tqdm=True, logging_strategy='steps' if logs else 'no', logging_steps=logs or 500,
+        save_strategy='steps' if steps else 'no', save_steps=steps or 500, **kwargs)
+    opt = SGD(model.parameters())
+    decay = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: 0.9**i)
+    trainer = InOrder(model, args, train_dataset=Rows(dtype), optimizers=(None, None) if own else (opt, decay))
+    trainer.remove_callback(transformers.PrinterCallback)
+    if cot: complement_trainer(trainer, optimizer=optimizer)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize('n, clip', [(1, 0.), (2, 0.05), (3, 0.)])
+@pytest.mark.parametrize('optimizer', ['second', 'shared'])
+def test_trainer(tmp_path, n, clip, optimizer):
+    oracle, losses = written_out(network('still'), updates(batches(), n)*2, clip=clip, schedule=lambda i: 0.1*0.9**i,
+                                 second=None if optimizer == 'second' else 'shared')
+    model = Named(network('still'), 'dict')
+    trainer = hf_trainer(model, tmp_path, n, clip, optimizer=optimizer, logs=1)
+    same(model.net, oracle, network('still'))
+    if n == 1:
+        shown = [row['complement_loss'] for row in trainer.state.log_history if 'loss' in row]
+        assert shown == pytest.approx(losses, abs=1e-6)
+
+
+@pytest.mark.parametrize('size, n', [(8, 2), (7, 3), (9, 2)])
+def test_trainer_that_counts_labels(tmp_path, size, n):
+    "An update whose last micro-batch is smaller is still the mean over samples: one big batch."
+    oracle, _ = written_out(network('plain'), updates(batches(size*n), 1)*2, clip=0.05, schedule=lambda i: 0.1*0.9**i)
+    model = Counts(network('plain'), 'dict')
+    hf_trainer(model, tmp_path, n, 0.05, size=size)
+    same(model.net, oracle, network('plain'))
+
+
+def test_trainer_with_its_own_optimizer(tmp_path):
+    adamw = partial(torch.optim.AdamW, lr=5e-3, weight_decay=0.)
+    oracle, _ = written_out(network('plain'), updates(batches(), 1)*2, adamw, clip=1., schedule=lambda i: 5e-3*(1 - i/22))
+    model = Named(network('plain'), 'dict')
+    hf_trainer(model, tmp_path, clip=1., own=True, learning_rate=5e-3)
+    same(model.net, oracle, network('plain'))
+
+
+def test_trainer_evaluates_and_trains_on(tmp_path):
+    "Evaluation keeps no batch; a second `train` begins with a new schedule."
+    model = Named(network('plain'), 'dict')
+    trainer = hf_trainer(model, tmp_path, 2)
+    oracle, _ = written_out(copy.deepcopy(model.net), updates(batches(), 2)*2, schedule=lambda i: 0.1*0.9**i)
+    trainer.evaluate(trainer.train_dataset)
+    assert not trainer.complement_update.kept
+    trainer.optimizer.state.clear()
+    trainer.lr_scheduler = None
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda i: 0.9**i)
+    for group in trainer.optimizer.param_groups: group['lr'] = 0.1
+    trainer.train()
+    same(model.net, oracle, network('plain'))
+
+
+def test_trainer_bf16(tmp_path):
+    micro = [(x.float(), y) for x, y in batches()]
+    oracle, _ = written_out(network('still').float(), updates(micro, 2)*2, clip=0.05, schedule=lambda i: 0.1*0.9**i,
+        context=lambda: torch.autocast('cpu', torch.bfloat16), losses=[lambda z, y, loss=loss: loss(z.float(), y) for loss in LIBRARY])
+    model = Named(network('still').float(), 'dict')
+    hf_trainer(model, tmp_path, 2, 0.05, bf16=True, dtype=torch.float)
+    same(model.net, oracle, network('still').float(), eps=1e-3)
+
+
+def test_trainer_checkpoint(tmp_path):
+    whole, parts = Named(network('plain'), 'dict'), Named(network('plain'), 'dict')
+    oracle, _ = written_out(network('plain'), updates(batches(), 2)*2, schedule=lambda i: 0.1*0.9**i)
+    hf_trainer(whole, tmp_path/'a', 2, steps=5)
+    same(whole.net, oracle, network('plain'))
+    hf_trainer(parts, tmp_path/'b', 2, resume=tmp_path/'a'/'checkpoint-5')
+    same(parts.net, oracle, eps=1e-8)
+
+
+def test_trainer_refusals(tmp_path):
+    trainer = hf_trainer(Named(network(), 'dict'), tmp_path)
+    with pytest.raises(ValueError, match='already'): complement_trainer(trainer)
+    with pytest.raises(ValueError, match="unknown optimizer 'secnd'"):
+        complement_trainer(hf_trainer(Named(network(), 'dict'), tmp_path, cot=False), optimizer='secnd')
+
+
+# Several processes
+
+CASES = dict(plain={}, clipped=dict(clip=0.05), accumulated=dict(n=2, clip=0.05), three=dict(n=3), one_call=dict(n=2, clip=0.05, one_call=True),
+             shared=dict(n=2, second='shared'), explicit=dict(n=2, explicit=True))
+TRAINERS = dict(plain={}, accumulated=dict(n=2, clip=0.05))
+
+
+def flat(model): return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
+
+
+def work(path):
+    "One of the two processes."
+    import accelerate
+    from accelerate.state import AcceleratorState, GradientState
+    rank, results = int(os.environ['RANK']), {}
+    for name, how in CASES.items():
+        AcceleratorState._reset_state(False)
+        GradientState._reset_state()
+        how = dict(how)
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=how.pop('n', 1))
+        assert accelerator.num_processes == 2
+        results[name] = flat(accelerated(accelerator, network('plain'), batches(4), epochs=2, **how))
+    for name, how in TRAINERS.items():
+        AcceleratorState._reset_state(False)
+        GradientState._reset_state()
+        model = Named(network('plain'), 'dict')
+        hf_trainer(model, f'{path}.trainer', size=4, ddp_backend='gloo', **how)
+        results[f'trainer, {name}'] = flat(model)
+    with open(f'{path}.{rank}', 'w') as file: json.dump(results, file)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope='module')
+def two_processes(tmp_path_factory):
+    "What each of two processes ended with."
+    pytest.importorskip('accelerate')
+    pytest.importorskip('transformers')
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    path = tmp_path_factory.mktemp('distributed')/'result'
+    common = dict(os.environ, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), OMP_NUM_THREADS='1',
+                  ACCELERATE_USE_CPU='true', CUDA_VISIBLE_DEVICES='')
+    workers = [subprocess.Popen([sys.executable, __file__, str(path)], env=dict(common, RANK=str(i), LOCAL_RANK=str(i)),
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i in range(2)]
+    try: outputs = [w.communicate(timeout=300)[0] for w in workers]
+    finally:
+        for w in workers: w.kill()
+    for w, output in zip(workers, outputs): assert w.returncode == 0, output
+    return [json.loads(path.with_name(f'result.{i}').read_text()) for i in range(2)]
+
+
+@pytest.mark.parametrize('case', [*CASES, *(f'trainer, {name}' for name in TRAINERS)])
+def test_two_processes(two_processes, case):
+    "Two processes with batches of 4 are one with batches of 8."
+    trainer = case.startswith('trainer')
+    how = TRAINERS[case.split(', ')[1]] if trainer else CASES[case]
+    n = how.get('n', 1)
+    oracle, _ = written_out(network('plain'), updates(batches(8), n)*2, n=None if trainer else n, clip=how.get('clip'), second=how.get('second'),
+                            schedule=(lambda i: 0.1*0.9**i) if trainer else None)
+    assert apart(oracle, network('plain')) > 1e-2
+    for process in two_processes: assert process[case] == pytest.approx(flat(oracle), abs=1e-12)
+
+
+# What is imported
+
+def test_imports_torch_only():
+    code = ('import sys; import complement_objectives.two_updates\n'
+            "print([m for m in sys.modules if m.split('.')[0] in ('fastai', 'fastcore', 'matplotlib', 'pandas', 'foolbox', 'torchvision', "
+            "'accelerate', 'lightning', 'transformers', 'scipy', 'sklearn')])")
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == '[]', out.stdout
+
+
+if __name__ == '__main__': work(sys.argv[1])
