@@ -306,14 +306,15 @@ def _no_gradients(
                 'by its batch alone: zero them, or accumulate with ComplementUpdate')
         p.grad = None
 
-# %% ../nbs/03b_two_updates.ipynb #99578595
+# %% ../nbs/03b_two_updates.ipynb #400ae778
 def _share(
     trainer, # Hugging Face Trainer
     inputs,  # dict, one micro-batch
     items,   # labels in all micro-batches of this update, or None
 ):           # weight of this micro-batch in the update
     "Weight of a micro-batch in the Trainer's own loss: by its labels, or all alike."
-    counts = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func
+    counts = getattr(trainer, 'loss_is_scaled_for_ga', None) # what it was told, or finds
+    if counts is None: counts = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func
     if items is None or not counts: return 1/trainer.current_gradient_accumulation_steps
     dtype = torch.promote_types(next(trainer.model.parameters()).dtype, torch.float32)
     share = (inputs['labels'] != -100).sum(dtype=dtype)/items
