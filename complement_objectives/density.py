@@ -94,13 +94,15 @@ def log_kernel_density(
     sigma2:float,        # squared bandwidth, > 0
     max_memory:int=None, # bytes of working memory; None for 8 MiB on a CPU and 256 MiB elsewhere
     centre:bool=True,    # move the origin into the middle of the points first; not needed where it is there
+    wide:bool=None,      # compute in float64; None: where it is needed
 )->torch.Tensor:         # (N,) log KD, at most 0; NaN for a vector that holds NaN or an infinity
     "Logarithm of the kernel density of RCE §3.4, centred and tile by tile; differentiable in `z`, twice."
     points, sigma2, kept = points.detach(), float(sigma2), torch.promote_types(z.dtype, torch.float32)
     if centre:
         middle = points.double().mean(0)
         z, points = (z.double() - middle).to(kept), (points.double() - middle).to(kept)
-    dtype = torch.float64 if needs_float64(points, sigma2) else kept
+    if wide is None: wide = needs_float64(points, sigma2)
+    dtype = torch.float64 if wide else kept
     memory = max_memory or tile_memory(z.device)
     return _LogKernelDensity.apply(z.to(dtype), points.to(dtype), sigma2, memory).to(kept)
 

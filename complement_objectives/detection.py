@@ -90,7 +90,7 @@ def _some_classes(logits): # logits as they are, or a word
 class Detector(nn.Module):
     "A score for hidden vectors and logits, higher = more normal; this base class has no score of its own."
     title, learned = 'detector', () # for tables; names of the buffers that `fit` fills
-    reads = 'hidden' # or 'logits': what the score is made of
+    reads, vectors = 'hidden', None  # what the score is made of, or 'logits'; the buffer (·, D) that hidden vectors (N, D) must match
 
     def __init__(self):
         super().__init__()
@@ -149,12 +149,12 @@ def _keep(self:Detector, plain={}, **buffers): # what `fit` learned, all in one 
 
 @patch
 def _vectors(self:Detector, hidden, logits): # checked hidden vectors, on the detector's device
-    shape, dim = tuple(hidden.shape), self._buffers[self.learned[0]].shape[-1] if self.learned else None
+    shape, ours = tuple(hidden.shape), getattr(self, self.vectors) if self.vectors else hidden
     if len(shape) != 2: raise InputError(f'hidden vectors have shape {shape}: {self.title} takes (N, D)')
-    if dim not in (None, shape[1]): raise InputError(f'features have dimension {shape[1]}, fitted were {dim}')
+    if ours.shape[1] != shape[1]: raise InputError(f'features have dimension {shape[1]}, fitted were {ours.shape[1]}')
     if logits is not None and logits.ndim > 2:
         raise InputError(f'logits have shape {tuple(logits.shape)}: {self.title} scores whole inputs, give (N, L)')
-    return hidden.to(self._buffers[self.learned[0]].device) if self.learned else hidden
+    return hidden.to(ours.device)
 
 @patch
 def _load_from_state_dict(self:Detector, state_dict, prefix, *args):
@@ -201,7 +201,7 @@ def _check_whole(**numbers): # name → whole number from 1 on, or None
 
 class KernelDensity(Detector):
     "Log kernel density of hidden vectors within the predicted class: RCE §3.4."
-    title, learned = 'K-density', ('points_', 'counts_', 'means_', 'sigma2_')
+    title, vectors, learned = 'K-density', 'points_', ('points_', 'counts_', 'means_', 'sigma2_')
 
     def __init__(self,
         sigma2:float=None,   # squared bandwidth, > 0; where None, `fit` selects it
@@ -289,7 +289,7 @@ def log_density(self:KernelDensity,
     _check_vectors(z, classes)
     z, groups, sigma2 = z.to(self.points_.dtype), self._groups(), self.sigma2_.item()
     *index, unknown = self._by_class(classes.to(z.device))
-    values = [log_kernel_density(z[i] - mean, points, sigma2, self.max_memory, centre=False) for (points, mean), i in zip(groups, index) if len(i)]
+    values = [log_kernel_density(z[i] - mean, points, sigma2, self.max_memory, False, self.wide) for (points, mean), i in zip(groups, index) if len(i)]
     order, nowhere = torch.cat([*index, unknown]), (0*z[unknown]).sum(1) - math.inf
     return torch.cat([*values, nowhere])[order.argsort()]
 
@@ -302,7 +302,7 @@ def log_densities(self:KernelDensity,
     z, sigma2 = self._vectors(_tensor(features), None).to(self.points_.dtype), self.sigma2_
     def column(points, mean):
         if torch.compiler.is_exporting(): return _plain_density(z - mean, points, sigma2, self.wide)
-        return log_kernel_density(z - mean, points, sigma2, self.max_memory, centre=False)
+        return log_kernel_density(z - mean, points, sigma2, self.max_memory, False, self.wide)
     return torch.stack([column(p, m) if len(p) else z.new_full(z.shape[:1], -torch.inf) for p, m in self._groups()], 1)
 
 def _plain_density(z, points, sigma2, wide): # (N, D), (M, D) → (N,)
@@ -329,7 +329,7 @@ def _whitening(residuals, shrinkage): # (N, D) float64 vectors of mean zero → 
 # %% ../nbs/05_detection.ipynb #b3851f4d
 class Mahalanobis(Detector):
     "Minus the squared Mahalanobis distance to the nearest class mean, with one shrunk covariance: Lee et al., NeurIPS 2018, Eq 2."
-    title, learned = 'Mahalanobis', ('means_', 'whitening_')
+    title, vectors, learned = 'Mahalanobis', 'means_', ('means_', 'whitening_')
     def __init__(self,
         shrinkage:float=None, # in [0, 1]; None for the rule of Ledoit and Wolf
     ):
@@ -369,7 +369,7 @@ def _parts(z, rows): # pieces of so many rows; one piece in a graph for any numb
 # %% ../nbs/05_detection.ipynb #6f278223
 class NearestNeighbours(Detector):
     "Minus the distance to the k-th nearest training vector: Sun et al., ICML 2022."
-    title, learned = 'k-NN', ('points_', 'middle_')
+    title, vectors, learned = 'k-NN', 'points_', ('points_', 'middle_')
     def __init__(self,
         k:int=10,             # which neighbour
         max_points:int=1000,  # training vectors kept for each class, at most; None for all

@@ -159,18 +159,19 @@ def fpr_at_tpr(
     return _fpr_at(*(c[None] for c in rejection_curve(normal, adversarial)), tpr).item()
 
 # %% ../nbs/05a_reject.ipynb #be7f09f3
-def _ranks_about(n, p, tail): # l, u: the p-quantile lies above s_(l) and below s_(u) of n, but for a probability of `tail` each; 0 and n + 1: no bound
-    return int(stats.binom.ppf(tail, n, p)), int(stats.binom.ppf(1 - tail, n, p)) + 1
+def _ranks_about(n, p, side): # (l, missed), (u, missed): ranks about the p-quantile of n, 0 and n + 1 for none, with the probability that it lies beyond
+    l, u = int(stats.binom.ppf(side/2, n, p)), int(stats.binom.ppf(1 - side/2, n, p)) + 1
+    return (l, stats.binom.cdf(l - 1, n, p)), (u, stats.binom.sf(u - 1, n, p))
 
-def _share_bounds(low, high, n, tail): # Clopper–Pearson: counts of n at either end, None for no bound
-    return (stats.beta.ppf(tail, low, n - low + 1) if low else 0.,
-            stats.beta.ppf(1 - tail, high + 1, n - high) if high is not None and high < n else 1.)
+def _share_low(k, n, tail): return stats.beta.ppf(tail, k, n - k + 1) if k else 0. # Clopper–Pearson
+def _share_high(k, n, tail): return 1 - _share_low(n - k, n, tail)
 
 def _rate_interval(cut, counted, p, level, ties): # of the share of `counted` below the p-quantile of `cut`; `ties`: at it, too
-    tail, cut = (1 - level)/4, cut.sort().values
-    l, u = _ranks_about(len(cut), p, tail)
+    cut, n, side = cut.sort().values, len(counted), (1 - level)/2
+    (l, missed_low), (u, missed_high) = _ranks_about(len(cut), p, side)
     def below(rank): return (counted <= cut[rank - 1] if ties else counted < cut[rank - 1]).sum().item()
-    return _share_bounds(below(l) if l else 0, below(u) if u <= len(cut) else None, len(counted), tail)
+    low = _share_low(below(l), n, side - missed_low) if l else 0.
+    return low, _share_high(below(u), n, side - missed_high) if u <= len(cut) else 1.
 
 # %% ../nbs/05a_reject.ipynb #54c9c49e
 def _resamples(sizes, n_boot, rows, paired, seed): # yields (≤ rows, N) and (≤ rows, M) positions, n_boot rows in all
@@ -267,7 +268,8 @@ class NamedLayer(nn.Module):
         return self.net(x)
 
 def _flat(output): # a copy of shape (N, D), or None
-    return output.reshape(len(output), -1).clone() if isinstance(output, torch.Tensor) and output.ndim else None
+    if not isinstance(output, torch.Tensor) or not output.ndim: return None
+    return (output.flatten(1) if output.ndim > 1 else output[:,None]).clone()
 
 # %% ../nbs/05a_reject.ipynb #4fb1eb6f
 class RobustClassifier(nn.Module):
@@ -385,12 +387,15 @@ def save_robust(
 def _read_robust(folder): # header and tensors, as `save_robust` wrote them
     path, known = folder/'model.json', (_format, _own_format)
     if not path.is_file(): raise InputError(f'{folder} holds no trained network: model.json is missing')
-    header, again = load_json(path), 'fit it again and write it with save_robust'
+    again = 'fit it again and write it with save_robust'
+    try: header = load_json(path)
+    except RecursionError: raise InputError(f'{path} does not describe a network of this library') from None
     if not isinstance(header, dict) or header.get('format') not in known: raise InputError(f'{path} does not describe a network of this library')
     detector = header.get('detector')
     if not isinstance(detector, dict): raise InputError(f'{folder} holds a network without a detector: fit one and write it with save_robust')
     covers = detector.get('covers')
-    if not isinstance(covers, list) or not {'network', 'reverse', 'detector'} <= set(map(str, covers)) <= header.keys():
+    needed = {'network', 'reverse', 'detector'} | ({'weights_sha256'} if header['format'] == _format else set())
+    if not isinstance(covers, list) or not needed | set(map(str, covers)) <= header.keys() or 'reverse' not in covers:
         raise InputError(f'{path} is damaged, or from before there was a checksum over it: {again}')
     tensors = load_tensors(folder/'model.safetensors')
     if detector.get('sha256') != _checksum(header, tensors): raise InputError(f'{folder}: model.json or model.safetensors was changed after it was written: {again}')
