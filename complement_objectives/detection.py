@@ -348,7 +348,7 @@ class Mahalanobis(Detector):
         means = torch.stack([features[index == c].mean(0) for c in range(len(classes))])
         whitening = _whitening(features - means[index], self.shrinkage)
         if not 1e-30 < whitening.abs().max() < 1e30: dtype = torch.float64
-        return self._keep(whitening_=whitening.to(dtype), means_=means)
+        return self._keep(whitening_=whitening.to(dtype).contiguous(), means_=means)
 
     def _scores(self, hidden, logits): # → (N,) at most 0
         z, means, nearest = hidden.double() - self.means_[0], self.means_ - self.means_[0], self._nearest

@@ -180,10 +180,14 @@ def _resamples(sizes, n_boot, rows, paired, seed): # yields (≤ rows, N) and (�
         drawn = [torch.randint(n, (min(rows, n_boot - i), n), generator=g) for n, g in zip(sizes, generators)]
         yield (drawn[0], drawn[0]) if paired else drawn
 
+def _expanded(level, n): # the level that percentiles of n resampled values need to hold `level`; → `level` as n grows
+    return 2*stats.norm.cdf(stats.t.ppf(0.5 + level/2, n - 1)*math.sqrt(n/(n - 1))) - 1 if n > 1 else 1.
+
 def _bootstrap(size, p, q, level, n_boot, paired, seed, max_memory): # low, high
     rows = max(1, max_memory // (16*(len(p) + len(q)) + 32*(size + 1)))
     draws = [torch.trapezoid(_below(q[j], size), _below(p[i], size)) for i, j in _resamples((len(p), len(q)), n_boot, rows, paired, seed)]
-    return torch.cat(draws).quantile(torch.tensor([0.5 - level/2, 0.5 + level/2], dtype=torch.float64)).tolist()
+    side = _expanded(level, min(len(p), len(q)))/2
+    return torch.cat(draws).quantile(torch.tensor([0.5 - side, 0.5 + side], dtype=torch.float64)).tolist()
 
 # %% ../nbs/05a_reject.ipynb #04999833
 def _pairing(size, p, q): # variance of the AUC of pairs over that of independent scores (DeLong); nearer to 1 where the pairs are few
