@@ -4,23 +4,26 @@
 
 # %% auto #0
 __all__ = ['NOT_SURE', 'threshold_at', 'RejectOption', 'coverage', 'selective_accuracy', 'risk_coverage', 'rejection_curve',
-           'tpr_at_fpr', 'fpr_at_tpr', 'detection_metrics', 'RobustClassifier', 'save_robust', 'load_robust',
-           'export_robust']
+           'tpr_at_fpr', 'fpr_at_tpr', 'detection_metrics', 'NamedLayer', 'RobustClassifier', 'save_robust',
+           'load_robust', 'export_robust']
 
 # %% ../nbs/05a_reject.ipynb #1cd140dd
-import math
+import copy, difflib, hashlib, json, math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
-from .checkpoints import load_classifier, load_tensors, save_classifier
-from .core import InputError
-from .detection import DETECTORS, Detector, _as_scores, create_detector
-from .models import forward_batches
+from .checkpoints import _format, load_classifier, load_tensors, save_classifier, save_tensors
+from .core import InputError, _plain, load_json, save_json, software_versions
+from .detection import (
+    DETECTORS, Detector, KernelDensity, _as_scores, _tensor, auroc, create_detector, usable)
+from .models import ReverseLogits, create_model, forward_batches
 
 # %% ../nbs/05a_reject.ipynb #d86df603
 def threshold_at(
@@ -32,7 +35,7 @@ def threshold_at(
     if not 0 < fpr < 1: raise InputError(f'fpr is {fpr}: it must lie between 0 and 1')
     k = math.floor(fpr*(len(normal) + 1) + 1e-9)
     if not k: raise InputError(f'{len(normal)} normal scores cannot hold a false-positive rate of {fpr}: give {math.ceil(1/fpr - 1 - 1e-9)} or more')
-    return float(sorted(normal)[k - 1])
+    return float(np.partition(normal, k - 1)[k - 1])
 
 # %% ../nbs/05a_reject.ipynb #dd33ff5c
 NOT_SURE = -1 # instead of a class
@@ -45,25 +48,43 @@ class RejectOption(nn.Module):
         threshold:float=None, # T, where it is known already
     ):
         super().__init__()
-        self.detector, self.fpr = detector, fpr
+        self.detector, self.fpr, self.given = detector, fpr, threshold is not None
         self.register_buffer('threshold_', torch.tensor(math.nan if threshold is None else threshold, dtype=torch.float64))
 
     def fit(self,
         hidden:torch.Tensor, # (N, D) hidden vectors of normal inputs that the detector was not fitted on
         logits:torch.Tensor, # (N, K) their logits
+        fpr:float=None,      # share of normal inputs that may be rejected from now on; None: as it was
     )->'RejectOption':       # itself
         "Set the threshold for a false-positive rate of `fpr`, see `threshold_at`."
-        self.threshold_.fill_(threshold_at(self.detector.score(hidden, logits), self.fpr))
+        fpr = self.fpr if fpr is None else fpr
+        return self._put(threshold_at(self.score(hidden, logits), fpr), fpr)
+
+    def _put(self, threshold, fpr): # both in one step, which an interrupt leaves undone or done
+        buffers = self._buffers | dict(threshold_=torch.full_like(self.threshold_, threshold))
+        self.__dict__.update(_buffers=buffers, fpr=fpr, given=False)
         return self
+
+    def score(self,
+        hidden:torch.Tensor, # (N, D)
+        logits:torch.Tensor, # (N, K), or (N, K, H, W) for a detector that reads logits
+    )->torch.Tensor:         # (N,) or (N, H, W); NaN where hidden vector or logits hold NaN or an infinity
+        "The detector's score."
+        scores, fine = self.detector.score(hidden, logits), usable(_tensor(logits), masks=True)
+        if hidden is not None:
+            whole = _tensor(hidden).flatten(1).isfinite().all(1)
+            fine = fine & whole.view(-1, *[1]*(fine.ndim - 1)).to(fine.device)
+        return torch.where(fine.to(scores.device), scores, math.nan)
 
     def forward(self,
         hidden:torch.Tensor, # (N, D)
-        logits:torch.Tensor, # (N, K)
-    )->tuple:                # classes (N,), −1 for NOT SURE; and scores (N,)
+        logits:torch.Tensor, # (N, K), or (N, K, H, W) for a detector that reads logits
+    )->tuple:                # classes (N,) or (N, H, W), −1 for NOT SURE; and scores of that shape
         if not torch.compiler.is_exporting() and self.threshold_.isnan():
             raise NotFittedError('this RejectOption has no threshold: call fit(hidden, logits) with normal inputs first')
-        scores = self.detector.score(hidden, logits)
-        return torch.where(scores >= self.threshold_, logits.argmax(-1), NOT_SURE), scores
+        logits, scores = _tensor(logits), self.score(hidden, logits)
+        classes = logits.argmax(1 if logits.ndim > 2 else -1).to(scores.device)
+        return torch.where(scores >= self.threshold_, classes, NOT_SURE), scores
 
     predict = forward
 
@@ -72,15 +93,16 @@ def coverage(
     answers:torch.Tensor, # (N,) of `RejectOption`
 )->float:                 # share of inputs with an answer; NaN without inputs
     "How often there is an answer."
-    return (answers != NOT_SURE).double().mean().item()
+    return (_tensor(answers) != NOT_SURE).double().mean().item()
 
 def selective_accuracy(
     answers:torch.Tensor, # (N,) of `RejectOption`
     labels:torch.Tensor,  # (N,) true classes
 )->float:                 # share of answers that are right; NaN where there is none
     "Accuracy on the inputs that got an answer."
-    answered = answers != NOT_SURE
-    return (answers == labels.to(answers.device))[answered].double().mean().item()
+    answers = _tensor(answers)
+    right = answers == _tensor(labels).to(answers.device)
+    return right[answers != NOT_SURE].double().mean().item()
 
 # %% ../nbs/05a_reject.ipynb #bf5503b2
 def risk_coverage(
@@ -137,47 +159,136 @@ def fpr_at_tpr(
     return _fpr_at(*(c[None] for c in rejection_curve(normal, adversarial)), tpr).item()
 
 # %% ../nbs/05a_reject.ipynb #be7f09f3
-def _metrics(below_normal, below_adversarial): # (B, U), (B, U) → (B, 4)
-    return torch.stack([torch.trapezoid(below_adversarial, below_normal), _tpr_at(below_normal, below_adversarial, 0.01),
-        _tpr_at(below_normal, below_adversarial, 0.05), _fpr_at(below_normal, below_adversarial, 0.95)], 1)
+def _ranks_about(n, p, side): # (l, missed), (u, missed): ranks about the p-quantile of n, 0 and n + 1 for none, with the probability that it lies beyond
+    l, u = int(stats.binom.ppf(side/2, n, p)), int(stats.binom.ppf(1 - side/2, n, p)) + 1
+    return (l, stats.binom.cdf(l - 1, n, p)), (u, stats.binom.sf(u - 1, n, p))
 
+def _share_low(k, n, tail): return stats.beta.ppf(tail, k, n - k + 1) if k else 0. # Clopper–Pearson
+def _share_high(k, n, tail): return 1 - _share_low(n - k, n, tail)
+
+def _rate_interval(cut, counted, p, level, ties): # of the share of `counted` below the p-quantile of `cut`; `ties`: at it, too
+    cut, n, side = cut.sort().values, len(counted), (1 - level)/2
+    (l, missed_low), (u, missed_high) = _ranks_about(len(cut), p, side)
+    def below(rank): return (counted <= cut[rank - 1] if ties else counted < cut[rank - 1]).sum().item()
+    low = _share_low(below(l), n, side - missed_low) if l else 0.
+    return low, _share_high(below(u), n, side - missed_high) if u <= len(cut) else 1.
+
+# %% ../nbs/05a_reject.ipynb #54c9c49e
 def _resamples(sizes, n_boot, rows, paired, seed): # yields (≤ rows, N) and (≤ rows, M) positions, n_boot rows in all
     generators = [torch.Generator().manual_seed(seed + i) for i in range(2)]
     for i in range(0, n_boot, rows):
         drawn = [torch.randint(n, (min(rows, n_boot - i), n), generator=g) for n, g in zip(sizes, generators)]
         yield (drawn[0], drawn[0]) if paired else drawn
 
+def _expanded(level, n): # the level that percentiles of n resampled values need to hold `level`; → `level` as n grows
+    return 2*stats.norm.cdf(stats.t.ppf(0.5 + level/2, n - 1)*math.sqrt(n/(n - 1))) - 1 if n > 1 else 1.
+
+def _bootstrap(size, p, q, level, n_boot, paired, seed, max_memory): # low, high
+    rows = max(1, max_memory // (16*(len(p) + len(q)) + 32*(size + 1)))
+    draws = [torch.trapezoid(_below(q[j], size), _below(p[i], size)) for i, j in _resamples((len(p), len(q)), n_boot, rows, paired, seed)]
+    side = _expanded(level, min(len(p), len(q)))/2
+    return torch.cat(draws).quantile(torch.tensor([0.5 - side, 0.5 + side], dtype=torch.float64)).tolist()
+
+# %% ../nbs/05a_reject.ipynb #04999833
+def _pairing(size, p, q): # variance of the AUC of pairs over that of independent scores (DeLong); nearer to 1 where the pairs are few
+    below = [_below(v[None], size)[0] for v in (p, q)]
+    ours, theirs = [(b[v] + b[v + 1])/2 for b, v in ((below[1], p), (below[0], q))] # share of the other kind below each score
+    apart, together = ours.var() + theirs.var(), (ours - theirs).var()
+    return (len(p)*(together/apart).item() + 30)/(len(p) + 30) if len(p) > 1 and apart > 0 else 1.
+
+def _hanley_mcneil(auc, n, m): # variance of a measured AUC
+    return auc*(1 - auc)/(n*m)*(1 + ((n + m)/2 - 1)*((1 - auc)/(2 - auc) + auc/(1 + auc)))
+
+def _newcombe(auc, n, m, level, factor=1.): # low, high
+    if min(n, m) < 2: return 0., 1.
+    width = stats.t.ppf(0.5 + level/2, min(n, m) - 1)
+    def fits(theta): return (theta - auc)**2 <= width**2*factor*_hanley_mcneil(theta, n, m)
+    def end(outer, inner): # bisection between a value that does not fit and one that does
+        for _ in range(60): outer, inner = (outer, middle) if fits(middle := (outer + inner)/2) else (middle, inner)
+        return outer
+    return 0. if auc == 0 else end(0., auc), 1. if auc == 1 else end(1., auc)
+
 # %% ../nbs/05a_reject.ipynb #00d72ab0
 def detection_metrics(
-    normal,               # (N,) scores of normal inputs, higher = more normal
+    normal,               # (N,) scores of normal inputs, higher = more normal; ±inf is a score as any other
     adversarial,          # (M,) scores of adversarial inputs
-    n_boot:int=1000,      # resamples
+    n_boot:int=1000,      # resamples, for the AUC
     level:float=0.95,     # of the intervals
     paired:bool=False,    # is the i-th adversarial input made from the i-th normal one?
     seed:int=0,           # of the resamples
     max_memory:int=2**26, # bytes for the resamples that are computed at once; the result does not depend on it
 )->pd.DataFrame:          # rows AUC, TPR at 1 % and at 5 % FPR, FPR at 95 % TPR; columns `value`, `low`, `high`
-    "How well a score separates normal from adversarial inputs, with percentile bootstrap intervals."
+    "How well a score separates normal from adversarial inputs, with intervals; an end at 0 or 1 may mean too few scores."
+    if not 0 < level < 1: raise InputError(f'level is {level}: it must lie between 0 and 1')
     size, p, q = _ranked(normal, adversarial)
     if paired and len(p) != len(q): raise InputError(f'{len(p)} normal and {len(q)} adversarial scores are no pairs')
-    rows = max(1, max_memory // (16*(len(p) + len(q)) + 32*(size + 1)))
-    draws = [_metrics(_below(p[i], size), _below(q[j], size)) for i, j in _resamples((len(p), len(q)), n_boot, rows, paired, seed)]
-    ends = torch.cat(draws).quantile(torch.tensor([0.5 - level/2, 0.5 + level/2], dtype=torch.float64), 0)
-    columns = dict(value=_metrics(_below(p[None], size), _below(q[None], size))[0], low=ends[0], high=ends[1])
-    return pd.DataFrame(columns, index=['AUC', 'TPR at 1 % FPR', 'TPR at 5 % FPR', 'FPR at 95 % TPR'])
+    auc, below = auroc(p, q), [_below(v[None], size) for v in (p, q)]
+    drawn = _bootstrap(size, p, q, level, n_boot, paired, seed, max_memory) if n_boot else [auc, auc]
+    fitting = _newcombe(auc, len(p), len(q), level, _pairing(size, p, q) if paired else 1.)
+    rows = {'AUC': (auc, min(drawn[0], fitting[0]), max(drawn[1], fitting[1]))}
+    for fpr in (0.01, 0.05):
+        rows[f'TPR at {100*fpr:g} % FPR'] = (_tpr_at(*below, fpr).item(), *_rate_interval(p, q, fpr, level, ties=False))
+    rows['FPR at 95 % TPR'] = (_fpr_at(*below, 0.95).item(), *_rate_interval(q, p, 0.95, level, ties=True))
+    return pd.DataFrame(rows, index=['value', 'low', 'high']).T
+
+# %% ../nbs/05a_reject.ipynb #21195007
+class NamedLayer(nn.Module):
+    "Any classifier, with the output of one of its layers, flattened, as the hidden vector."
+    def __init__(self,
+        net:nn.Module, # from images to logits (N, K)
+        layer:str,     # a name of `net.named_modules()`, 'avgpool' for instance
+    ):
+        super().__init__()
+        names = [name for name, _ in net.named_modules(remove_duplicate=False) if name]
+        if layer not in names:
+            near = ' or '.join(difflib.get_close_matches(str(layer), names, n=3, cutoff=0.5))
+            hint = f'did you mean {near}?' if near else f"the last are {', '.join(names[-4:])}"
+            raise InputError(f"{type(net).__name__} has no layer '{layer}': {hint}")
+        self.net, self.layer = net, layer
+
+    def hidden_and_logits(self,
+        x:torch.Tensor, # (N, C, H, W)
+    )->tuple:           # what the layer puts out (N, D), and logits (N, K)
+        seen = []
+        def keep(module, args, output): seen.append(_flat(output)) # a copy: a later layer may work in place
+        hook = self.net.get_submodule(self.layer).register_forward_hook(keep)
+        try: logits = self.net(x)
+        finally: hook.remove()
+        self._check(x, seen, logits)
+        return seen[0], logits
+
+    def _check(self, x, seen, logits): # what came out, one line where it cannot be used
+        if len(seen) != 1: raise InputError(f"layer '{self.layer}' is called {len(seen)} times for a batch: name one that is called once")
+        if seen[0] is None: raise InputError(f"layer '{self.layer}' puts out no tensor: name one that does")
+        if not isinstance(logits, torch.Tensor): raise InputError(f'{type(self.net).__name__} puts out {type(logits).__name__}: logits (N, K) are needed')
+        if torch.compiler.is_exporting(): return
+        if len(seen[0]) != len(x): raise InputError(f"layer '{self.layer}' puts out {len(seen[0])} vectors for {len(x)} images: name another")
+
+    def hidden(self, x): return self.hidden_and_logits(x)[0] # (N, C, H, W) → (N, D)
+
+    def forward(self,
+        x:torch.Tensor, # (N, C, H, W)
+    )->torch.Tensor:    # (N, K) logits
+        return self.net(x)
+
+def _flat(output): # a copy of shape (N, D), or None
+    if not isinstance(output, torch.Tensor) or not output.ndim: return None
+    return (output.flatten(1) if output.ndim > 1 else output[:,None]).clone()
 
 # %% ../nbs/05a_reject.ipynb #4fb1eb6f
 class RobustClassifier(nn.Module):
     "A classifier with a reject option: one call from pixels to a class or `NOT_SURE`."
     def __init__(self,
-        model:nn.Module,      # with `hidden_and_logits`; put in evaluation mode
-        detector:Detector,    # fitted or not
-        threshold:float=None, # T, where it is known already
+        model:nn.Module,        # with `hidden_and_logits`, or any from images to logits where `layer` is named; put in evaluation mode
+        detector:Detector=None, # fitted or not; None for a `KernelDensity`
+        threshold:float=None,   # T, where it is known already
+        layer:str=None,         # the layer whose output, flattened, is the hidden vector, see `NamedLayer`
     ):
         super().__init__()
+        if layer is not None: model = NamedLayer(model, layer)
         if not hasattr(model, 'hidden_and_logits'):
-            raise InputError(f'{type(model).__name__} has no hidden_and_logits(x): wrap it in a `Classifier`, or give it that method')
-        self.model, self.option = model, RejectOption(detector, threshold=threshold)
+            raise InputError(f"{type(model).__name__} has no hidden_and_logits(x): name a layer (layer='avgpool'), wrap it in a `Classifier`, or give it that method")
+        self.model, self.option = model, RejectOption(KernelDensity() if detector is None else detector, threshold=threshold)
         self.eval()
 
     def fit(self,
@@ -185,8 +296,11 @@ class RobustClassifier(nn.Module):
         y:torch.Tensor, # (N,) their classes
         seed:int=0,     # of the detector's draw of training vectors
     )->'RobustClassifier': # itself
-        "Fit the detector on the network's hidden vectors."
-        self.option.detector.fit(*self._moved(forward_batches(self.model, x)[0], y), seed=seed)
+        "Fit the detector on the network's hidden vectors; a threshold of `calibrate` is void."
+        learned = copy.deepcopy(self.option.detector) # what fails, fails on the copy
+        learned.fit(*self._moved(forward_batches(self.model, self._images(x))[0], _tensor(y)), seed=seed)
+        if not self.option.given: self.option._put(math.nan, self.option.fpr)
+        self.option.detector.__dict__.update(learned.__dict__)
         return self
 
     def calibrate(self,
@@ -194,46 +308,127 @@ class RobustClassifier(nn.Module):
         fpr:float=0.05,      # share of normal inputs that may be rejected
     )->'RobustClassifier':   # itself
         "Set the threshold, see `threshold_at`."
-        self.option.fpr = fpr
-        self.option.fit(*self._moved(*forward_batches(self.model, x)))
+        self.option.fit(*self._moved(*forward_batches(self.model, self._images(x))), fpr)
         return self
 
     def _moved(self, *tensors): return [t.to(self.option.threshold_.device) for t in tensors]
 
+    def _images(self, x): # tensors as they are, arrays as the network takes them
+        return x if isinstance(x, torch.Tensor) else _tensor(x).to(next(self.model.parameters()))
+
     def forward(self,
         x:torch.Tensor, # (N, C, H, W) pixels in [0, 1]
     )->tuple:           # classes (N,), −1 for NOT SURE; and scores (N,)
-        return self.option(*self.model.hidden_and_logits(x))
+        x = self._images(x)
+        answers, scores = self.option(*self.model.hidden_and_logits(x))
+        fine = x.flatten(1).isfinite().all(1).view(-1, *[1]*(scores.ndim - 1)).to(scores.device)
+        return torch.where(fine, answers, NOT_SURE), torch.where(fine, scores, math.nan)
+
+# %% ../nbs/05a_reject.ipynb #962fe719
+_own_format = 'complement_objectives classifier built elsewhere 1' # of a network that is none of `MODELS`
+
+def _json(header): # as JSON will give it back
+    try: return json.loads(json.dumps(header, default=_plain))
+    except (TypeError, ValueError) as e: raise InputError(f'the header cannot be written as JSON: {e}') from None
+
+def _checksum(header, tensors): # over the entries that `header['detector']` says it covers, and over every tensor
+    rest = {k: v for k, v in header['detector'].items() if k != 'sha256'}
+    covered = {k: header[k] for k in rest['covers']} | dict(detector=rest)
+    digest = hashlib.sha256(json.dumps(covered, sort_keys=True).encode())
+    for name in sorted(tensors):
+        t = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+def _differing(ours, theirs): # names whose tensors are missing on one side or have another shape
+    return sorted(k for k in ours.keys() | theirs.keys() if k not in ours or k not in theirs or ours[k].shape != theirs[k].shape)
+
+def _check_network(network, weights): # are these weights of what `create_model(**network)` makes?
+    if not isinstance(network, dict) or 'name' not in network:
+        raise InputError(f'network is {network!r}: give the name in `MODELS` and the arguments of create_model as a dict, or None for a network of your own')
+    try:
+        with torch.device('meta'): fresh = create_model(**network).state_dict()
+    except TypeError as e: raise InputError(f'network is {network}: {e}') from None
+    apart = _differing(weights, fresh)
+    if apart: raise InputError(f"network is {network}, and the weights are of another ('{apart[0]}' differs): give what create_model was given")
 
 # %% ../nbs/05a_reject.ipynb #8cf10cf6
+_library = {'format', 'network', 'reverse', 'weights_sha256', 'header_sha256', 'versions', 'detector'} # entries that are not the caller's
+
 def save_robust(
     robust:RobustClassifier, # fitted and calibrated
-    network:dict,            # `name` of the network in `MODELS` and the arguments `create_model` was given
+    network:dict|None,       # `name` of the network in `MODELS` and the arguments `create_model` was given; None for one of your own
     folder:str|Path,         # made where it does not exist
     **info,                  # further entries of the header
 )->Path:                     # the folder
-    "Write network, detector and threshold: `model.safetensors` and `model.json`."
-    detector = robust.option.detector
+    "Write network, detector and threshold: `model.safetensors` and `model.json`; `InputError` where `load_robust` could not read them."
+    option, layer = robust.option, getattr(robust.model, 'layer', None) if isinstance(robust.model, NamedLayer) else None
+    model, detector = robust.model if layer is None else robust.model.net, option.detector
     names = [name for name, kind in DETECTORS.items() if kind is type(detector)]
     if not names: raise InputError(f'{type(detector).__name__} is none of `DETECTORS`: add it there under a name to save it')
-    tensors = {f'detector.{name}': t for name, t in [*detector.state_dict().items(), ('threshold_', robust.option.threshold_)]}
-    header = dict(name=names[0], settings=detector.settings, fpr=robust.option.fpr)
-    return save_classifier(robust.model, network, folder, tensors=tensors, detector=header, **info)
+    if taken := sorted(_library & info.keys()): raise InputError(f"'{taken[0]}' is an entry that the library writes: choose another name")
+    reverse = isinstance(model, ReverseLogits)
+    weights = {k: t.detach().clone() for k, t in (model.model if reverse else model).state_dict().items()}
+    if any(k.startswith('detector.') for k in weights): raise InputError("a layer of the network is called 'detector', as the saved detector is: rename it")
+    if network is not None: _check_network(_json(network), weights)
+    described = dict(name=names[0], settings=detector.settings, fpr=option.fpr, given=option.given, layer=layer)
+    header = _json(dict(info, network=network, reverse=reverse, versions=software_versions(), detector=described))
+    create_detector(names[0], **header['detector']['settings']).load_state_dict(detector.state_dict()) # complains where it cannot
+    tensors = {f'detector.{k}': t.detach().clone() for k, t in [*detector.state_dict().items(), ('threshold_', option.threshold_)]}
+    header['detector']['covers'] = sorted(header)
+    header['detector']['sha256'] = _checksum(header, weights | tensors)
+    if network is not None:
+        info = {k: v for k, v in header.items() if k not in ('network', 'reverse')}
+        return save_classifier(model, header['network'], folder, tensors=tensors, **info)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(weights | tensors, folder/'model.safetensors')
+    save_json(dict(header, format=_own_format), folder/'model.json')
+    return folder
 
 # %% ../nbs/05a_reject.ipynb #7c179b93
-def load_robust(
-    folder:str|Path, # of `save_robust`
-    device='cpu',    # where everything goes
-)->tuple:            # a `RobustClassifier`, and the header
-    "The classifier as it was saved, every tensor bit by bit."
-    model, header = load_classifier(folder)
+def _read_robust(folder): # header and tensors, as `save_robust` wrote them
+    path, known = folder/'model.json', (_format, _own_format)
+    if not path.is_file(): raise InputError(f'{folder} holds no trained network: model.json is missing')
+    again = 'fit it again and write it with save_robust'
+    try: header = load_json(path)
+    except RecursionError: raise InputError(f'{path} does not describe a network of this library') from None
+    if not isinstance(header, dict) or header.get('format') not in known: raise InputError(f'{path} does not describe a network of this library')
     detector = header.get('detector')
     if not isinstance(detector, dict): raise InputError(f'{folder} holds a network without a detector: fit one and write it with save_robust')
-    robust = RobustClassifier(model, create_detector(detector['name'], **detector['settings']))
-    tensors = {k.removeprefix('detector.'): t for k, t in load_tensors(Path(folder)/'model.safetensors').items() if k.startswith('detector.')}
-    robust.option.threshold_ = tensors.pop('threshold_')
-    robust.option.detector.load_state_dict(tensors)
-    robust.option.fpr = detector['fpr']
+    covers = detector.get('covers')
+    needed = {'network', 'reverse', 'detector'} | ({'weights_sha256'} if header['format'] == _format else set())
+    if not isinstance(covers, list) or not needed | set(map(str, covers)) <= header.keys() or 'reverse' not in covers:
+        raise InputError(f'{path} is damaged, or from before there was a checksum over it: {again}')
+    tensors = load_tensors(folder/'model.safetensors')
+    if detector.get('sha256') != _checksum(header, tensors): raise InputError(f'{folder}: model.json or model.safetensors was changed after it was written: {again}')
+    return header, tensors
+
+def _filled(model, weights, reverse): # the given network with the saved weights, in their types
+    inner = model.model if isinstance(model, ReverseLogits) and reverse else model
+    apart = _differing(weights, inner.state_dict())
+    if apart: raise InputError(f"the saved weights do not fit {type(inner).__name__} ('{apart[0]}' differs): build it as it was when it was saved")
+    inner.load_state_dict(weights, assign=True)
+    return ReverseLogits(inner) if reverse else inner
+
+def load_robust(
+    folder:str|Path,      # of `save_robust`
+    device='cpu',         # where everything goes
+    model:nn.Module=None, # a network of your own, to be filled with the saved weights; None for one of `MODELS`
+)->tuple:                 # a `RobustClassifier`, and the header
+    "The classifier as it was saved, every tensor bit by bit."
+    folder = Path(folder)
+    header, tensors = _read_robust(folder)
+    detector, reverse = header['detector'], header['reverse']
+    if model is None and header['format'] == _own_format: raise InputError(f'{folder} holds a network that is none of `MODELS`: build it and give it as model=')
+    if model is None: model = load_classifier(folder)[0]
+    weights = {k: t for k, t in tensors.items() if not k.startswith('detector.')}
+    robust = RobustClassifier(_filled(model, weights, reverse), create_detector(detector['name'], **detector['settings']), layer=detector['layer'])
+    learned = {k.removeprefix('detector.'): t for k, t in tensors.items() if k.startswith('detector.')}
+    robust.option.threshold_ = learned.pop('threshold_')
+    robust.option.detector.load_state_dict(learned)
+    robust.option.fpr, robust.option.given = detector['fpr'], detector['given']
     return robust.to(device), header
 
 # %% ../nbs/05a_reject.ipynb #afa527aa
