@@ -202,6 +202,7 @@ class PreparedModel(fb.models.Model):
         self.model, self.given, (low, high) = model, given, model.bounds
         self.mapped, own = unit and (low, high) != (0, 1), getattr(model.model, 'dtype', None)
         self.bounds, self.width = (type(self).bounds, high - low) if unit else (model.bounds, 1)
+        self.scale = self.width*getattr(model.model, 'scale', 1) # for settings in the user's units
         self.dtype = functools.reduce(torch.promote_types, [given.dtype, torch.float32] + [own]*isinstance(own, torch.dtype))
         self.ends = [torch.tensor(float(v), dtype=self.dtype, device=given.device) for v in (low, high)]
         self.same = within is given and not self.mapped and self.dtype == given.dtype # is the way there and back none?
