@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ATTACKS', 'SOURCES', 'fgsm', 'bim', 'pgd', 'mim', 'ilcm', 'make_attack', 'attack_settings', 'radii', 'settings_norm',
            'attack', 'APGD', 'APGDTargeted', 'BIM', 'CarliniWagnerL2', 'CarliniWagnerWB', 'FGSM', 'FMN',
-           'GradientAttack', 'ILCM', 'JSMA', 'L2APGD', 'L2FMN', 'LOSSES', 'MIM', 'PGD', 'PlainCall', 'Restarts',
-           'Square', 'Transfer', 'WorstCase', 'as_loss', 'check_eps', 'check_images', 'check_labels', 'cot_sum',
-           'cross_entropy', 'dlr', 'faces', 'fooled', 'frozen', 'goal', 'input_gradient', 'least_likely', 'limit',
-           'linf_step', 'margin', 'median_nll', 'project', 'robust_accuracy', 'sample_keys', 'start_noise',
-           'under_attack', 'uniform_noise', 'worst_case', 'apgd_ce', 'apgd_dlr', 'apgd_t', 'cw', 'cw_hc', 'cw_wb',
-           'fmn', 'jsma', 'jsma_pairs', 'square']
+           'GradientAttack', 'ILCM', 'JSMA', 'L2APGD', 'L2FMN', 'LOSSES', 'MIM', 'NearestRestarts', 'PGD', 'PlainCall',
+           'Restarts', 'STEP_RULES', 'Square', 'Transfer', 'WorstCase', 'as_loss', 'check_eps', 'check_images',
+           'check_labels', 'cot_sum', 'cross_entropy', 'dlr', 'faces', 'fooled', 'frozen', 'goal', 'input_gradient',
+           'least_likely', 'limit', 'linf_step', 'margin', 'median_nll', 'project', 'robust_accuracy', 'sample_keys',
+           'start_noise', 'under_attack', 'uniform_noise', 'worst_case', 'apgd_ce', 'apgd_dlr', 'apgd_t', 'cw', 'cw_hc',
+           'cw_wb', 'fmn', 'jsma', 'jsma_pairs', 'square']
 
 # %% ../nbs/06e_attacks.ipynb #d45f643a
 import inspect
@@ -29,7 +29,7 @@ from .saliency_attacks import *
 
 # %% ../nbs/06e_attacks.ipynb #ff60b0ff
 _all_ = ['APGD', 'APGDTargeted', 'BIM', 'CarliniWagnerL2', 'CarliniWagnerWB', 'FGSM', 'FMN', 'GradientAttack', 'ILCM', 'JSMA', 'L2APGD', 'L2FMN',
-         'LOSSES', 'MIM', 'PGD', 'PlainCall', 'Restarts', 'Square', 'Transfer', 'WorstCase', 'as_loss', 'check_eps', 'check_images', 'check_labels',
+         'LOSSES', 'MIM', 'NearestRestarts', 'PGD', 'PlainCall', 'Restarts', 'STEP_RULES', 'Square', 'Transfer', 'WorstCase', 'as_loss', 'check_eps', 'check_images', 'check_labels',
          'cot_sum', 'cross_entropy', 'dlr', 'faces', 'fooled', 'frozen', 'goal', 'input_gradient', 'least_likely', 'limit', 'linf_step', 'margin',
          'median_nll', 'project', 'robust_accuracy', 'sample_keys', 'start_noise', 'under_attack', 'uniform_noise', 'worst_case',
          'apgd_ce', 'apgd_dlr', 'apgd_t', 'cw', 'cw_hc', 'cw_wb', 'fmn', 'jsma', 'jsma_pairs', 'square']
@@ -44,7 +44,8 @@ def bim(steps:int=10, **settings)->BIM: # settings: anything of `BIM`
     return BIM(steps=steps, **settings)
 
 def pgd(steps:int=40, **settings)->PGD: # settings: anything of `PGD`
-    "PGD: GCE §5.2, 40 steps; their size from the authors' script."
+    "PGD: GCE §5.2, 40 steps, each of eps/30 as in the authors' script; with another number of steps they cross the ball."
+    if steps == 40 and not {'step_rule', 'rel_stepsize', 'abs_stepsize'} & set(settings): settings['step_rule'] = 'gce-script'
     return PGD(steps=steps, **settings)
 
 # %% ../nbs/06e_attacks.ipynb #01a69172
@@ -90,7 +91,7 @@ def attack_settings()->pd.DataFrame: # one row an attack; empty where an attack 
         a = preset(**dict.fromkeys(_required(preset)))
         steps = getattr(a, 'steps', None) or getattr(a, 'n_queries', None)
         rows.append({'attack': name, 'norm': _norm(a), 'radius': 'eps' if isinstance(a, FixedEpsilonAttack) else 'smallest',
-                     'steps': '' if steps is None else steps, 'step / eps': getattr(a, 'rel_stepsize', ''),
+                     'steps': '' if steps is None else steps, 'step rule': getattr(a, 'step_rule', ''), 'step / eps': getattr(a, 'rel_stepsize', ''),
                      'random start': getattr(a, 'random_start', ''), 'loss': getattr(a, 'loss', ''), 'source': SOURCES[name]})
     return pd.DataFrame(rows, dtype=object).set_index('attack')
 
@@ -127,8 +128,8 @@ def attack(
     atk = make_attack(name, **settings)
     if eps is not None and _norm(atk) == 'L∞': eps = check_eps(eps)
     check_images(x); check_labels(y, len(x))
-    if batch_size < 1: raise InputError(f'batch_size is {batch_size}: it must be at least 1')
-    if hasattr(atk, 'seed'): atk.seed = seed
+    batch_size = check_count(batch_size, 'batch_size')
+    if hasattr(atk, 'seed'): atk.seed = check_count(seed, 'seed', least=-2**63)
     if device is not None: model.to(device)
     out = [x.detach()[:0].clone()]
     for i in range(0, len(x), batch_size):

@@ -26,11 +26,11 @@ from .detection import KernelDensity, create_detector
 from .gradient_attacks import BIM, FGSM, ILCM
 from .hygiene import broken, compare_checks, flags, hygiene, wrong
 from .measures import (
-    OVER, SCORES, Interval, accuracy, auc_interval, chosen_pairs, correct, detection_auc, detection_scores, detection_table, distortion,
+    OVER, SCORES, Interval, _classes, accuracy, auc_interval, check_pairs, chosen_pairs, correct, detection_auc, detection_scores, detection_table, distortion,
     fit_density, mean_interval, mean_std, share_interval, worst_case, zero_gradient_share)
 from .models import forward_batches
 from .optimization_attacks import CarliniWagnerL2, CarliniWagnerWB, cw, cw_hc
-from .perturbation import check_images, check_labels
+from .perturbation import as_number, check_images
 from .saliency_attacks import jsma
 
 # %% ../nbs/07b_evaluation.ipynb #fee9bc27
@@ -84,18 +84,22 @@ def defend(
 
 # %% ../nbs/07b_evaluation.ipynb #f35de4a8
 def crafted(
-    model,              # from pixels to logits
-    x:torch.Tensor,     # (N, …) images in [0, 1]
+    model,              # from pixels to logits, or a foolbox model
+    x:torch.Tensor,     # (N, …) images within the bounds
     y:torch.Tensor,     # (N,) true classes
     attack,             # a foolbox attack
     eps:float=None,     # its radius; None: no limit, for attacks that minimise
     batch_size:int=512, # images at a time
 )->torch.Tensor:        # like `x`; attacks that minimise give the original where they find nothing
     "What the attack makes of every image, fooling or not."
+    check_pairs(x, y, batch_size)
+    eps = None if eps is None else as_number(eps, 'eps')
     parts = list(zip(x.split(batch_size), y.split(batch_size)))
     if isinstance(attack, PlainCall): return torch.cat([attack.craft(model, a, b, epsilon=eps) for a, b in parts])
     with as_foolbox(model, x) as m: # any other foolbox attack
-        return torch.cat([attack(m, a.to(m.device), Misclassification(b.to(m.device)), epsilons=eps)[1].to(x.device) for a, b in parts])
+        device = getattr(m, 'device', None) or x.device
+        def made(a, b): return attack(m, a.to(device, copy=True), Misclassification(b.to(device, copy=True)), epsilons=eps)[1]
+        return torch.cat([made(a, b).to(x.device) for a, b in parts])
 
 # %% ../nbs/07b_evaluation.ipynb #b86020b5
 def rce_attacks(
@@ -142,13 +146,13 @@ def printed(
 
 # %% ../nbs/07b_evaluation.ipynb #cf196c03
 def _checked(defences, x, y):
-    check_images(x); check_labels(y, len(x))
+    check_images(x); check_pairs(x, y)
     if not defences: raise InputError('no defences: give a dict from titles to what `defend` returns')
 
 def _oblivious_row(defence, before, x, x_adv, y, over, boot):
     after = defence.scores(x_adv)
     chosen, fooled = (chosen_pairs(before.predicted, after.predicted, y, o) for o in (over, 'fooled'))
-    right = torch.from_numpy(before.predicted.to_numpy()) == y.cpu()
+    right = _classes(before.predicted) == y.cpu()
     aucs = detection_table(before, after, y, over, **boot)
     row = {('pairs', 'value'): chosen.sum().item()} | _columns('success', share_interval(fooled[right], boot['level']))
     row |= _columns('distortion', mean_interval(distortion(x_adv, x).cpu()[chosen], **boot))
@@ -197,20 +201,21 @@ def plot_intervals(
     measure:str,        # a first-level column
     ax=None,            # matplotlib axes; None: new ones
 ):                      # the axes
-    "One measure of a table: values with their intervals, a colour for each objective."
+    "One measure of a table: values with their intervals, a colour for each objective; a dash where there is none at all."
     if ax is None: ax = plt.subplots(figsize=(4.5, 2.4))[1]
     values = table[measure].dropna(subset='low')
-    objectives, places = values.index.unique('objective'), list(values.index.unique(0))
+    objectives, places = values.index.unique('objective'), [name for name in table.index.unique(0) if name != 'average']
+    empty = set(places) - set(values.index.unique(0))
     for i, objective in enumerate(objectives):
         v = values.xs(objective, level='objective') if values.index.nlevels > 1 else values.loc[[objective]]
         at = [places.index(key) + 0.2*(i - (len(objectives) - 1)/2)*(values.index.nlevels > 1) for key in v.index]
         ax.errorbar(v['value'], at, xerr=[(v['value'] - v['low']).clip(0), (v['high'] - v['value']).clip(0)], fmt='o', ms=4, label=objective)
-    ax.set(yticks=range(len(places)), yticklabels=places, xlabel=measure); ax.invert_yaxis(); ax.legend()
+    ax.set(yticks=range(len(places)), yticklabels=[f'{name} –' if name in empty else name for name in places], xlabel=measure); ax.invert_yaxis(); ax.legend()
     return ax
 
 # %% ../nbs/07b_evaluation.ipynb #340e7875
 def accuracy_curves(
-    models:dict,      # title → network
+    models:dict,      # title → network, or foolbox model
     x:torch.Tensor,   # (N, C, H, W) images in [0, 1]
     y:torch.Tensor,   # (N,) true classes
     attacks:dict,     # title → attack, or a function from ε to (attack, radius)
@@ -218,7 +223,8 @@ def accuracy_curves(
     level:float=0.95, # of the intervals
 )->pd.DataFrame:      # a row for attack, objective and ε: `attack`, `objective`, `eps`, `value`, `low`, `high`
     "RCE Fig 3 as a table."
-    check_images(x); check_labels(y, len(x))
+    check_pairs(x, y)
+    for net in models.values(): check_images(x, (0, 1) if isinstance(net, nn.Module) else net.bounds)
     def made(attack, e): return (attack, e) if isinstance(attack, fb.attacks.Attack) else attack(e)
     rows = [dict(attack=name, objective=title, eps=e, **share_interval(~wrong(net, crafted(net, x, y, *made(attack, e)), y), level)._asdict())
             for name, attack in attacks.items() for title, net in models.items() for e in eps]
@@ -274,7 +280,7 @@ def white_box_images(
 # %% ../nbs/07b_evaluation.ipynb #ed14c2df
 def _white_box_row(defence, x, x_adv, y, over, boot):
     before, after = defence.scores(x), defence.scores(x_adv)
-    right, seen = torch.from_numpy(before.predicted.to_numpy()) == y.cpu(), defence.detected(after)
+    right, seen = _classes(before.predicted) == y.cpu(), defence.detected(after)
     chosen, fooled = (chosen_pairs(before.predicted, after.predicted, y, o) for o in (over, 'fooled'))
     moved, density, level = distortion(x_adv, x).cpu(), defence.density.title, boot['level']
     return ({('pairs', 'value'): chosen.sum().item()} | _columns('ratio', share_interval(seen[chosen], level))
@@ -305,7 +311,7 @@ def white_box(
 def _black_box_cells(substitute, target, x, x_adv, y, over, boot):
     before, after, own = target.scores(x), target.scores(x_adv), substitute.scores(x_adv)
     chosen, fooled = (chosen_pairs(before.predicted, after.predicted, y, o) for o in (over, 'fooled'))
-    tried = (torch.from_numpy(before.predicted.to_numpy()) == y.cpu()) & (torch.from_numpy(own.predicted.to_numpy()) != y.cpu())
+    tried = (_classes(before.predicted) == y.cpu()) & (_classes(own.predicted) != y.cpu())
     title, level = target.density.title, boot['level']
     return ({('pairs', 'value'): chosen.sum().item()} | _columns('AUC', auc_interval(*(s[title].to_numpy()[chosen.numpy()] for s in (before, after)), **boot))
         | _columns('transfer', share_interval(fooled[tried], level)) | _columns('evaded', share_interval((fooled & ~target.detected(after))[tried], level)))

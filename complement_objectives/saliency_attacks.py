@@ -14,9 +14,9 @@ import torch
 from foolbox.attacks.base import MinimizationAttack, raise_if_kwargs
 from torch import nn
 
-from .attack_base import PlainCall, goal, random_targets
+from .attack_base import PlainCall, goal, note_still, random_targets
 from .core import InputError
-from .perturbation import sample_keys
+from .perturbation import as_number, check_count, sample_keys
 
 # %% ../nbs/06b_saliency_attacks.ipynb #8873dcc3
 def _product(logits, x, v, more=False): # vᵀ ∂logits/∂x, (N, F)
@@ -112,7 +112,7 @@ def _two_largest(a, free): # `best_pair(a, -a, free)` up to the scale of the map
 # %% ../nbs/06b_saliency_attacks.ipynb #9cab5380
 def _choose(attack, a, b, now, was, bounds): # features (N, k) to change, and which of these count (N, k)
     changed, width = now != was, 2 if attack.pairs else 1
-    left = math.floor(attack.gamma*now.shape[1] + 1e-9) - changed.sum(1, keepdim=True)
+    left = _allowed(attack, now.shape[1]) - changed.sum(1, keepdim=True)
     room = now < bounds[1] if attack.theta > 0 else now > bounds[0]
     free = room & (changed | (left >= width))
     if attack.pairs:
@@ -126,13 +126,21 @@ def _choose(attack, a, b, now, was, bounds): # features (N, k) to change, and wh
     return at, (S.gather(1, at) > 0) & (~new | (new.cumsum(1) <= left))
 
 # %% ../nbs/06b_saliency_attacks.ipynb #c29fae99
-def _check_settings(theta, gamma, steps, output, pairs, per_step, target, batch_size):
-    if not math.isfinite(theta) or theta == 0: raise InputError(f'theta is {theta}: it must be a number other than 0, positive to brighten and negative to darken')
-    if not 0 < gamma <= 1: raise InputError(f'gamma is {gamma}: it must lie in (0, 1], the share of features that may change')
+def _check_settings(theta, gamma, steps, output, pairs, per_step, target, seed, batch_size):
+    if not math.isfinite(as_number(theta, 'theta')) or theta == 0: raise InputError(f'theta is {theta}: it must be a number other than 0, positive to brighten and negative to darken')
+    if not 0 < as_number(gamma, 'gamma') <= 1: raise InputError(f'gamma is {gamma}: it must lie in (0, 1], the share of features that may change')
     if output not in ('softmax', 'logits'): raise InputError(f"output is {output!r}: it must be 'softmax' or 'logits'")
     if target not in TARGETS: raise InputError(f'target is {target!r}: it must be one of {", ".join(TARGETS)}; or give TargetedMisclassification(classes)')
-    if min(per_step, batch_size) < 1 or (steps is not None and steps < 0): raise InputError(f'per_step {per_step} and batch_size {batch_size} must be at least 1, steps {steps} at least 0 or None')
+    for name, value in dict(per_step=per_step, batch_size=batch_size).items(): check_count(value, name)
+    check_count(steps, 'steps', none=True); check_count(seed, 'seed', least=-2**63)
     if pairs and per_step != 1: raise InputError('pairs=True changes two features a step: leave per_step at 1')
+
+def _check_reach(attack, x): # can these settings change an image at all?
+    features, width = x[0].numel(), 2 if attack.pairs else 1
+    if abs(attack.theta) <= torch.finfo(x.dtype).eps: raise InputError(f'theta is {attack.theta}: too small to change a pixel in {x.dtype}')
+    if _allowed(attack, features) < width: raise InputError(f'gamma is {attack.gamma}: of {features} features that leaves fewer than the {width} a step changes')
+
+def _allowed(attack, features): return math.floor(attack.gamma*features + 1e-9) # that many features may change
 
 # %% ../nbs/06b_saliency_attacks.ipynb #05d02a05
 class JSMA(PlainCall, MinimizationAttack):
@@ -140,9 +148,9 @@ class JSMA(PlainCall, MinimizationAttack):
     distance = fb.distances.l0
 
     def __init__(self,
-        theta:float=1.,            # ε of RCE: added to a chosen feature, in pixel units; negative: taken away
+        theta:float=1.,            # ε of RCE: added to a chosen feature, as a share of the pixel range; negative: taken away
         gamma:float=0.1,           # largest share of features that may change, in (0, 1]
-        steps:int=None,            # largest number of steps for an image; None: as many as `gamma` and `theta` allow
+        steps:int=None,            # largest number of steps for an image, at least 1; None: as many as `gamma` and `theta` allow
         *,
         output:str='softmax',      # the F of the map: 'softmax' (RCE §2.1) or 'logits'
         pairs:bool=False,          # two features a step, by the pairwise map
@@ -151,7 +159,7 @@ class JSMA(PlainCall, MinimizationAttack):
         seed:int=0,                # for target='random'
         batch_size:int=128,        # images a forward pass; no influence on the result beyond rounding
     ):
-        _check_settings(theta, gamma, steps, output, pairs, per_step, target, batch_size)
+        _check_settings(theta, gamma, steps, output, pairs, per_step, target, seed, batch_size)
         self.theta, self.gamma, self.steps, self.output, self.pairs = theta, gamma, steps, output, pairs
         self.per_step, self.target, self.seed, self.batch_size = per_step, target, seed, batch_size
 
@@ -166,22 +174,22 @@ def _goals(attack, model, x, criterion): # target classes (N,), and from indices
     classes, sign = goal(criterion)
     if sign < 0: return classes, lambda i, predicted: predicted == classes[i]
     with torch.no_grad(): logits = torch.cat([model(part) for part in x.split(attack.batch_size)])
-    keys = sample_keys(x, attack.seed) if attack.target == 'random' else None
+    keys = sample_keys(x, attack.seed, model.bounds) if attack.target == 'random' else None
     return choose_targets(logits, classes, attack.target, keys), lambda i, predicted: predicted != classes[i]
 
 # %% ../nbs/06b_saliency_attacks.ipynb #ade46634
 def _walk(attack, model, x, criterion, on_step): # adversarial images, like `x`; unchanged where the walk did not end in success
-    if abs(attack.theta) <= torch.finfo(x.dtype).eps*max(map(abs, model.bounds)): raise InputError(f'theta is {attack.theta}: too small to change a pixel in {x.dtype}')
+    _check_reach(attack, x)
     target, reached = _goals(attack, model, x, criterion)
     was, now = x.flatten(1), x.flatten(1).clone()
     done, steps = torch.zeros(len(x), dtype=torch.bool, device=x.device), torch.zeros(len(x), dtype=torch.long, device=x.device)
-    active = torch.arange(len(x), device=x.device)
+    active, still = torch.arange(len(x), device=x.device), torch.zeros(len(x), dtype=torch.bool, device=x.device)
     while len(active):
         i, later = active.split([min(attack.batch_size, len(active)), max(0, len(active) - attack.batch_size)])
         logits, a, b = output_derivatives(model, now[i].view(-1, *x.shape[1:]), target[i], attack.output)
         done[i] = reached(i, logits.argmax(1))
         at, counts = _choose(attack, a, b, now[i], was[i], model.bounds)
-        on = ~done[i] & counts.any(1)
+        on, still[i] = ~done[i] & counts.any(1), ~(done[i] | a.any(1) | b.any(1))
         if attack.steps is not None: on &= steps[i] < attack.steps
         i, at, counts = i[on], at[on], counts[on]
         before = now[i[:,None], at]
@@ -189,11 +197,12 @@ def _walk(attack, model, x, criterion, on_step): # adversarial images, like `x`;
         steps[i] += 1
         if on_step: on_step(i, at, counts)
         active = torch.cat([i, later])
+    note_still(model, still.sum().item(), len(x))
     return torch.where(done[:,None], now, was).view_as(x)
 
 # %% ../nbs/06b_saliency_attacks.ipynb #22b692da
 def jsma(
-    theta:float=0.16, # ε of RCE Fig 3, in pixel units
+    theta:float=0.16, # ε of RCE Fig 3, as a share of the pixel range
     steps:int=100,    # of the authors' code
     **settings,       # anything else of `JSMA`
 )->JSMA:              # single features, towards the least likely class
