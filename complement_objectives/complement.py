@@ -176,6 +176,7 @@ class ComplementTraining(_ComplementRecord):
         choose(optimizer, dict(second=0, shared=0), 'optimizer')
         _check_loss(loss_func, ['primary'])
         if wd is not None: _check_factor(wd, 'wd')
+        if opt_func is not None and not callable(opt_func) and not isinstance(opt_func, OptimWrapper): raise InputError(f'opt_func is {opt_func!r}: give a function of parameters that makes an optimizer')
         self.complement_loss, self.optimizer, self.second_wd, self.second_func = loss_func, optimizer, wd, opt_func
         self.complement_opt, self.kept = None, []
 
@@ -189,7 +190,7 @@ class ComplementTraining(_ComplementRecord):
 
     def before_fit(self):
         super().before_fit()
-        self.kept, self.complement_opt = [], None
+        self.kept, self.complement_opt, self.given = [], None, None
         self.stateful = [m for m in self.learn.model.modules() if hasattr(m, 'reset')] # fastai's sign of a state
         self.partners = [cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, self.replayed)]
         self.n_acc = next((cb.n_acc for cb in self.learn._grab_cbs(GradientAccumulation)), None)

@@ -166,6 +166,7 @@ class GuidedComplementTraining(_OwnLoss, GuidanceRecorder):
     ):
         self.own_loss, self._index = _GuidedLoss(alpha, **kwargs), kwargs.get('ignore_index')
         super().__init__(alpha, record)
+        if schedule is not None and not callable(schedule): raise InputError(f'schedule is {schedule!r}: give a function from the share of the training done to alpha')
         if not warmup >= 0: raise InputError(f'warmup must be a number of epochs, 0 or more, got {warmup}')
         self.warmup_loss = _WarmupLoss(0., weight=self.own_loss.weight)
         self.schedule, self.warmup, self._warming = schedule, warmup, False

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastai.basics import (Adam, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, TensorImage, TrainEvalCallback,
+from fastai.basics import (Adam, CrossEntropyLossFlat, DataLoader, DataLoaders, L, Learner, SGD, TensorImage, TrainEvalCallback,
                            accuracy)
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
@@ -258,7 +258,7 @@ def test_fastai_text_classifier(way, tmp_path):
     from fastai.text.all import AWD_LSTM, awd_lstm_clas_config, text_classifier_learner
     data = sentences()
     dls = DataLoaders(DataLoader([(x[i], y[i]) for x, y in data for i in range(6)], bs=6), DataLoader([(x[i], y[i]) for x, y in data[:1] for i in range(6)], bs=6), device='cpu')
-    dls.vocab, dls.c, dls.path = [[f'w{i}' for i in range(20)], list(range(N_CLASSES))], N_CLASSES, tmp_path
+    dls.vocab, dls.c, dls.path = L([f'w{i}' for i in range(20)], list(range(N_CLASSES))), N_CLASSES, tmp_path
     config = dict(awd_lstm_clas_config, emb_sz=8, n_hid=8, n_layers=2)
     learn = WAYS[way](text_classifier_learner(dls, AWD_LSTM, pretrained=False, config=config, loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path))
     with learn.no_bar(): quiet(learn, 2, 0.01)
@@ -459,7 +459,7 @@ def test_lr_find(name, tmp_path):
     assert all(1e-7 <= lr <= 10 for lr in found)
     assert 1e-5 < found.valley < 1 and len(learn.recorder.losses) > 20
     if name == 'complement entropy': return  # falls for any network
-    with learn.no_bar(): quiet(learn, 25, found.valley)
+    with learn.no_bar(): quiet(learn, 8, found.valley)
     right = (learn.model(torch.cat([x for x, _ in blobs()])).argmax(1) if 'reverse' not in name else learn.model(torch.cat([x for x, _ in blobs()])).argmin(1))
     assert (right == torch.cat([y for _, y in blobs()])).float().mean() > 0.7
 
@@ -624,3 +624,123 @@ def test_targets_out_of_range(way, target):
     before = parameters(learn.model)
     with pytest.raises((ValueError, RuntimeError, IndexError)): quiet(learn)
     assert moved(learn.model, before) == 0
+
+
+# --- the range of a pixel
+
+def images(n=2, size=8, channels=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.rand(size, channels, 4, 4, generator=g), torch.randint(N_CLASSES, (size,), generator=g)) for _ in range(n)]
+
+
+def image_network(mean=0., std=1.):
+    "The same classifier for pixels and for images normalised by `mean` and `std`."
+    class Undo(nn.Module):
+        def forward(self, x): return x*torch.as_tensor(std) + torch.as_tensor(mean)
+    torch.manual_seed(4)
+    return nn.Sequential(Undo(), nn.Flatten(), nn.Linear(48, 16), nn.Tanh(), nn.Linear(16, N_CLASSES))
+
+
+class Watch(Callback):
+    order, run_valid = 20, False
+    def __init__(self): self.seen = []
+    def before_batch(self): self.seen.append(self.adversarial_training.x_adv.clone())
+
+
+STATS = {'numbers': (0.5, 0.25), 'channels': (torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]),
+         'bytes': (0., 1/255), 'both signs': (0.5, 0.5)}
+
+
+def found(data, mean, std, after_batch=None, **kwargs):
+    "The adversarial images of the first epoch."
+    watch = Watch()
+    if after_batch is not None:
+        items = [(TensorImage(a), b) for x, y in data for a, b in zip(x, y)]
+        dls = DataLoaders(*[DataLoader(items, bs=len(data[0][0]), after_batch=after_batch) for _ in range(2)], device='cpu')
+    else: dls = DataLoaders(data, data[:1], device='cpu')
+    torch.manual_seed(9)
+    learn = Learner(dls, image_network(mean, std), CrossEntropyLossFlat(), opt_func=sgd, cbs=[watch, AdversarialTraining(0.03, steps=3, **kwargs)])
+    with learn.no_bar(): quiet(learn, lr=0.)
+    return watch.seen
+
+
+@pytest.mark.parametrize('stats', STATS)
+@pytest.mark.parametrize('way', ['bounds', 'Normalize'])
+@pytest.mark.parametrize('trades, random', [(None, False), (2., True)])
+def test_normalised_images(stats, way, trades, random):
+    mean, std = STATS[stats]
+    pixels = images()
+    expected = found(pixels, 0., 1., random=random, trades=trades)
+    normalised = [((x - mean)/std, y) for x, y in pixels]
+    if way == 'bounds':
+        low, high = ((torch.as_tensor((b - mean)/std).flatten().tolist() for b in (0., 1.)))
+        bounds = (low, high) if len(low) > 1 else (low[0], high[0])
+        seen = found(normalised, mean, std, random=random, trades=trades, bounds=bounds)
+    else:
+        shape = lambda o: torch.as_tensor(o).reshape(1, -1, 1, 1)
+        seen = found(pixels, mean, std, Normalize(shape(mean), shape(std)), random=random, trades=trades)
+    for ours, theirs, (x, _) in zip(seen, expected, pixels):
+        back = ours*torch.as_tensor(std) + torch.as_tensor(mean)
+        assert ((back - theirs).abs() < 2e-6).float().mean() > 0.95  # a gradient near 0 may round to the other sign
+        assert (back - x).abs().max() <= 0.03 + 2e-6 and back.min() >= -2e-6 and back.max() <= 1 + 2e-6
+        assert (back - x).abs().amax((1, 2, 3)).min() > 0.01  # every image is moved
+
+
+@pytest.mark.parametrize('trades', [None, 1.])
+@pytest.mark.parametrize('change', {'N(0, 1.2²)': lambda x: 1.2*torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), 'bytes': lambda x: 255*x,
+                                    'both signs': lambda x: 2*x - 1, 'NaN': lambda x: x.masked_fill(x > 0.99, math.nan),
+                                    'integers': lambda x: (255*x).to(torch.uint8)}.items(), ids=lambda o: o[0])
+def test_images_of_an_unknown_range_are_refused(trades, change):
+    data = [(change[1](x), y) for x, y in images()]
+    learn = learner(data, image_network(), cbs=[AdversarialTraining(0.03, trades=trades)])
+    before = parameters(learn.model)
+    with pytest.raises(InputError, match='floating point' if change[0] == 'integers' else 'bounds='): quiet(learn)
+    assert moved(learn.model, before) == 0
+
+
+def test_a_later_batch_out_of_range_is_told():
+    data = images()
+    data[1][0][0, 0, 0, 0] = 3.
+    with pytest.raises(InputError, match='span'): quiet(learner(data, image_network(), cbs=[AdversarialTraining(0.03)]))
+
+
+def test_rounding_is_no_fault():
+    data = [(x + 2.98e-8*(x > 0.9), y) for x, y in images()]
+    data[0][0][0, 0, 0, :2] = torch.tensor([1 + 1.2e-7, -2.98e-8])
+    assert finite(quiet(learner(data, image_network(), cbs=[AdversarialTraining(0.03)])).model)
+
+
+def test_random_starts_move_all_images():
+    for trades in (None, 2.):
+        for seen, (x, _) in zip(found(images(), 0., 1., trades=trades), images()):
+            assert (seen - x).abs().amax((1, 2, 3)).min() > 0.01
+
+
+def test_an_inner_loss_at_a_standstill_is_refused():
+    model = image_network()
+    def change(logits, y):  # the divergence from the clean answer, as in TRADES
+        log_p = model(change.x).detach().log_softmax(1)
+        return F.kl_div(logits.log_softmax(1), log_p, reduction='none', log_target=True).sum(1)
+    change.x = images()[0][0]
+    learn = learner(images(1), model, cbs=[AdversarialTraining(0.05, random=False, inner_loss=change)])
+    before = parameters(model)
+    with pytest.raises(InputError, match='random=True'): quiet(learn)
+    assert moved(model, before) == 0
+    assert finite(quiet(learner(images(1), model, cbs=[AdversarialTraining(0.05, inner_loss=change)])).model)
+    margin = lambda z, y: z.logsumexp(1) - z.gather(1, y[:, None])[:, 0]
+    assert finite(quiet(learner(images(), model, cbs=[AdversarialTraining(0.05, random=False, inner_loss=margin)])).model)
+
+
+@pytest.mark.parametrize('trades', [None, 2.])
+def test_the_inner_loop_sees_the_prediction_of_the_callbacks(trades):
+    "A network that returns a tuple of negated logits, and callbacks that put it right, is attacked as the plain network is."
+    class Negated(nn.Module):
+        def __init__(self): super().__init__(); self.inner = image_network()
+        def forward(self, x): return -self.inner(x), x
+    class Right(Callback):
+        def after_pred(self): self.learn.pred = -self.pred[0]
+    ends = []
+    for model, cbs in ((image_network(), []), (Negated(), [Right()])):
+        torch.manual_seed(9)
+        ends.append(quiet(learner(images(), model, cbs=[*cbs, AdversarialTraining(0.05, trades=trades), ComplementTraining()])).model)
+    assert apart(ends[0], ends[1].inner) == 0 and apart(ends[0], image_network()) > 1e-3
