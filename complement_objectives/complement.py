@@ -193,6 +193,7 @@ class ComplementTraining(_ComplementRecord):
         self.kept, self.complement_opt, self.given = [], None, None
         self.stateful = [m for m in self.learn.model.modules() if hasattr(m, 'reset')] # fastai's sign of a state
         self.partners = [cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, self.replayed)]
+        self.predictors = self.learn.ordered_cbs('after_pred')
         self.n_acc = next((cb.n_acc for cb in self.learn._grab_cbs(GradientAccumulation)), None)
 
     def before_train(self):
@@ -262,7 +263,7 @@ def _second_pass(self:ComplementTraining, xb, yb, state): # forward and backward
     _restore(self.stateful, state)
     self._replay('before_batch')
     try:
-        as_predicted(learn, learn.model(*xb))
+        as_predicted(learn, learn.model(*xb), self.predictors)
         learn.loss_grad = self._complement()
     finally: self._replay('after_loss') # leaves autocast, also after an interruption
     if self.n_acc: learn.loss_grad = learn.loss_grad * (find_bs(yb)/self.n_acc)

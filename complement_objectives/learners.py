@@ -54,6 +54,7 @@ def flattened(
     axis:int=1,    # see `class_axis`
 )->tuple:          # logits (M, K) and target (M,)
     "Rows of logits and their targets, in the order in which fastai's losses flatten them."
+    if logits.ndim == 2 and target.ndim == 1: return logits, target
     rows = logits.movedim(axis, -1)
     return rows.reshape(-1, rows.shape[-1]), target.reshape(-1)
 
@@ -68,10 +69,11 @@ def conceals(
 def as_predicted(
     learn:Learner, # in a batch: `learn.xb` and `learn.yb` are there
     output,        # what the network returned
+    cbs=None,      # the callbacks that have an `after_pred`, in their order, where they are known; None: the learner's
 ):                 # what the loss would be given
     "The prediction that the learner's callbacks make of `output`, by their `after_pred` in their order; it is left in `learn.pred`."
     learn.pred = output
-    learn('after_pred')
+    for cb in learn.ordered_cbs('after_pred') if cbs is None else cbs: cb('after_pred')
     return learn.pred
 
 # %% ../nbs/03b_learners.ipynb #6c5cf2c8
