@@ -12,13 +12,13 @@ from functools import partial
 
 import pandas as pd
 import torch
-from fastai.callback.core import Callback
 from fastai.learner import Learner, ValueMetric
 from fastai.losses import CrossEntropyLossFlat
 from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .core import InputError, choose
+from .learners import Attached, class_axis, conceals, flattened, ignored_index
 from .losses import (GuidedComplementEntropyLoss, ReverseCrossEntropyLoss, SmoothedCrossEntropyLoss,
                                           complement_entropy)
 from .models import ReverseLogits
@@ -45,31 +45,25 @@ def accuracy_for(
     loss_func, # a fastai loss, with `activation` and `decodes`
 ):             # a metric named 'accuracy'; its `loss_func` says which loss it asks
     "Accuracy of what `loss_func` says the logits mean: right for reversed logits too."
-    def accuracy(inp, targ): return (loss_func.decodes(loss_func.activation(inp)) == targ).float().mean()
+    def accuracy(inp, targ):
+        decoded = loss_func.decodes(loss_func.activation(inp))
+        return (decoded == targ.reshape(decoded.shape)).float().mean()
     accuracy.loss_func = loss_func
     return accuracy
 
-# %% ../nbs/04a_guided.ipynb #b15e0437
-class _Attached(Callback):
-    "Does something to its learner when it is added, and undoes it when it is removed, whatever happened in between."
-    order, _learn = -5, None
-
-    def _check(self, learn): pass
-    def _enter(self, learn): pass
-    def _leave(self, learn): pass
-
-    @property
-    def learn(self): return self._learn
-    @learn.setter
-    def learn(self, learn):
-        if learn is not None: self._check(learn)
-        if self._learn is not None: self._leave(self._learn)
-        self._learn = learn
-        if learn is not None: self._enter(learn)
-
 # %% ../nbs/04a_guided.ipynb #55c25dc8
-class _OwnLoss(_Attached):
+class _ReadsAlike:
+    "A loss of this library that takes logits and targets as another loss took them."
+    axis = 1
+    def forward(self, logits, target):
+        loss = super().forward(*flattened(logits, target, self.axis))
+        return loss.reshape(target.shape) if loss.ndim and target.ndim < logits.ndim else loss
+    def activation(self, x): return super().activation(x.movedim(self.axis, 1)).movedim(1, self.axis)
+    def decodes(self, x): return x.argmax(self.axis)
+
+class _OwnLoss(Attached):
     "While it is on a learner, the learner's loss is `self.own_loss`; once it is off, the former loss is back."
+    _index = None # the label to be ignored, where the user gave one
     def _check(self, learn):
         others = [o for o in learn.cbs if isinstance(o, _OwnLoss) and o is not self]
         if others: raise InputError(f'this learner has its loss from {others[0]} already: remove it first, learn.remove_cb({others[0]})')
@@ -77,27 +71,29 @@ class _OwnLoss(_Attached):
     def _enter(self, learn):
         super()._enter(learn)
         self._former, learn.loss_func = learn.loss_func, self.own_loss
+        self.own_loss.axis = class_axis(self._former)
+        self.own_loss.ignore_index = ignored_index(self._former) if self._index is None else self._index
 
     def _leave(self, learn):
         super()._leave(learn)
         learn.loss_func = self._former
 
 # %% ../nbs/04a_guided.ipynb #6a8c9799
-def _sums(pred:Tensor, target:Tensor, alpha:float, ignore_index:int)->Tensor: # the three sums and the number of samples, on the device
-    k = pred.shape[1]
-    z, t = pred.detach().movedim(1, -1).reshape(-1, k), target.reshape(-1)
+def _sums(pred:Tensor, target:Tensor, alpha:float, ignore_index:int, axis:int=1)->Tensor: # the three sums and the number of samples, on the device
+    z, t = flattened(pred.detach(), target, axis)
     keep = t != ignore_index
-    values = guidance(z, t*keep, alpha).values()
-    return torch.stack([*((v*keep).sum() for v in values), keep.sum()])
+    values = guidance(z, t.where(keep, 0).long(), alpha).values()
+    return torch.stack([*(v.where(keep, 0).sum() for v in values), keep.sum()])
 
 # %% ../nbs/04a_guided.ipynb #5d0c1ff8
-class GuidanceRecorder(_Attached):
+class GuidanceRecorder(Attached):
     "The mean guiding factor, complement entropy (over log(K-1), so in [0, 1]) and logit margin of each epoch: columns of fastai's table, and `history`."
     def __init__(self,
         alpha:float=1/3,        # exponent of the recorded guiding factor
         record:str='valid',     # which batches: 'valid', 'train', 'both' or 'none'; only 'valid' and 'both' add columns to the table
-        ignore_index:int=-100,  # targets that count for nothing
+        ignore_index:int=None, # targets that count for nothing; None: those of the learner's loss
     ):
+        if not 0 < alpha < math.inf: raise InputError(f'alpha must be a number above 0, got {alpha}')
         self.splits = choose(record, dict(valid=['valid'], train=['train'], both=['train', 'valid'], none=[]), 'record')
         self.alpha, self.ignore_index = alpha, ignore_index
         self._rows, self._means, self._total, self._fitting = [], {}, None, False
@@ -123,7 +119,9 @@ def _leave(self:GuidanceRecorder, learn):
 
 # %% ../nbs/04a_guided.ipynb #c602b619
 @patch
-def before_fit(self:GuidanceRecorder): self._fitting = False
+def before_fit(self:GuidanceRecorder):
+    loss_func, self._fitting = self.learn.loss_func, False
+    self._reading = ignored_index(loss_func) if self.ignore_index is None else self.ignore_index, class_axis(loss_func)
 
 @patch
 def before_train(self:GuidanceRecorder):
@@ -138,7 +136,7 @@ def before_validate(self:GuidanceRecorder):
 @patch
 def after_batch(self:GuidanceRecorder):
     if self._total is not None and len(self.yb) and not hasattr(self.learn, 'gather_preds'):
-        self._total = self._total + _sums(self.pred, self.yb[0], self.alpha, self.ignore_index)
+        self._total = self._total + _sums(self.pred, self.yb[0], self.alpha, *self._reading)
 
 @patch
 def _close(self:GuidanceRecorder): # the means of a pass; the only copy to the host
@@ -154,6 +152,9 @@ def after_train(self:GuidanceRecorder): self._close()
 def after_validate(self:GuidanceRecorder): self._close()
 
 # %% ../nbs/04a_guided.ipynb #8ede19f6
+class _GuidedLoss(_ReadsAlike, GuidedComplementEntropyLoss): pass
+class _WarmupLoss(_ReadsAlike, SmoothedCrossEntropyLoss): pass
+
 class GuidedComplementTraining(_OwnLoss, GuidanceRecorder):
     "Training by guided complement entropy (GCE Eq 3, §5.1); `valid_loss` is that loss at `alpha` in every epoch, between -1 and 0."
     def __init__(self,
@@ -163,19 +164,20 @@ class GuidedComplementTraining(_OwnLoss, GuidanceRecorder):
         record:str='valid', # batches to record the guidance of: 'valid', 'train', 'both' or 'none'
         **kwargs,           # `weight`, `ignore_index`, … of `GuidedComplementEntropyLoss`
     ):
-        self.own_loss = GuidedComplementEntropyLoss(alpha, **kwargs)
-        super().__init__(alpha, record, self.own_loss.ignore_index)
-        if warmup < 0: raise InputError(f'warmup must be a number of epochs, 0 or more, got {warmup}')
-        self.warmup_loss = SmoothedCrossEntropyLoss(0., self.own_loss.weight, self.own_loss.ignore_index)
+        self.own_loss, self._index = _GuidedLoss(alpha, **kwargs), kwargs.get('ignore_index')
+        super().__init__(alpha, record)
+        if schedule is not None and not callable(schedule): raise InputError(f'schedule is {schedule!r}: give a function from the share of the training done to alpha')
+        if not warmup >= 0: raise InputError(f'warmup must be a number of epochs, 0 or more, got {warmup}')
+        self.warmup_loss = _WarmupLoss(0., weight=self.own_loss.weight)
         self.schedule, self.warmup, self._warming = schedule, warmup, False
 
     def _row(self): return dict(super()._row(), alpha=math.nan if self._warming else self._last_alpha)
     def _settle(self): self.learn.loss_func, self.own_loss.alpha = self.own_loss, self.alpha
 
     def before_fit(self):
-        super().before_fit()
         self._settle()
-        if hasattr(self.learn, 'lr_finder'): self.learn.lr_finder.stop_div = False # meant for losses above 0
+        super().before_fit()
+        self.warmup_loss.axis, self.warmup_loss.ignore_index = self.own_loss.axis, self.own_loss.ignore_index
 
     def after_train(self): super().after_train(); self._settle()
     def before_validate(self): self._settle(); super().before_validate()
@@ -206,10 +208,14 @@ def to_guided_complement(self:Learner,
     return self.add_cb(GuidedComplementTraining(alpha, **kwargs))
 
 # %% ../nbs/04a_guided.ipynb #ee8630be
-class _ReversedLoss(ReverseCrossEntropyLoss):
+class _ReversedLoss(_ReadsAlike, ReverseCrossEntropyLoss):
     "RCE Eq 4 of logits that were negated already: they are read as ordinary ones."
+    negated = True
     def forward(self, logits, target): return super().forward(-logits, target)
-    def activation(self, x): return x.softmax(1)
+    def activation(self, x): return x.softmax(self.axis)
+
+def _negated(pred): # the logits, or the first of what the network returns
+    return -pred if isinstance(pred, Tensor) else type(pred)((-pred[0], *pred[1:]))
 
 # %% ../nbs/04a_guided.ipynb #5bb62d7d
 class ReverseTraining(_OwnLoss):
@@ -217,11 +223,11 @@ class ReverseTraining(_OwnLoss):
     def __init__(self,
         **kwargs, # `weight`, `ignore_index`, … of `ReverseCrossEntropyLoss`
     ):
-        self.own_loss, self._trained = _ReversedLoss(**kwargs), False
+        self.own_loss, self._index, self._trained = _ReversedLoss(**kwargs), kwargs.get('ignore_index'), False
 
     def _check(self, learn):
         super()._check(learn)
-        if type(learn.loss_func) is ReverseCrossEntropyLoss:
+        if conceals(learn.loss_func):
             raise InputError('this learner trains by RCE already: give it a loss for ordinary logits, or leave ReverseTraining out')
 
     def _enter(self, learn):
@@ -233,7 +239,7 @@ class ReverseTraining(_OwnLoss):
         super()._leave(learn)
         if self._trained: learn.model = ReverseLogits(learn.model)
 
-    def after_pred(self): self.learn.pred = -self.pred
+    def after_pred(self): self.learn.pred = _negated(self.pred)
     def after_step(self): self._trained = self._trained or not hasattr(self.learn, 'lr_finder')
 
 # %% ../nbs/04a_guided.ipynb #c90e9699
@@ -246,7 +252,7 @@ def to_reverse(self:Learner,
 
 # %% ../nbs/04a_guided.ipynb #242a1c95
 def _is_reversed(learn:Learner)->bool: # do the network's own logits conceal the true class?
-    return len(learn._grab_cbs(ReverseTraining)) > 0 or type(learn.loss_func) is ReverseCrossEntropyLoss
+    return len(learn._grab_cbs(ReverseTraining)) > 0 or conceals(learn.loss_func)
 
 # %% ../nbs/04a_guided.ipynb #ce7e4cc0
 def to_classifier(

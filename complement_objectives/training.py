@@ -30,6 +30,7 @@ from .core import InputError, choose, seed_everything
 from .data import ImageData, dataloaders
 from .guided import (
     GUIDANCE, GuidanceRecorder, GuidedComplementTraining, ReverseTraining, accuracy_for, guidance, to_classifier)
+from .learners import Attached
 from .losses import GuidedComplementEntropyLoss, ReverseCrossEntropyLoss
 from .models import ReverseLogits
 from .schedules import (
@@ -107,13 +108,20 @@ def _history(learn)->list: # one dict an epoch, from fastai's recorder
     return [dict(zip(names, map(float, row))) for row in learn.recorder.values]
 
 # %% ../nbs/04e_training.ipynb #d37d076e
-class DeviceMixedPrecision(MixedPrecision):
+class DeviceMixedPrecision(Attached, MixedPrecision):
     "fastai's mixed precision on whatever device the network is on; float16 needs a GPU, for its gradient scaler."
+    order, _inside = MixedPrecision.order, False
     def before_fit(self):
+        self._leave(self.learn)
         device = next(self.learn.model.parameters()).device.type
         if self.amp_mode == AMPMode.FP16 and device != 'cuda': raise InputError(f'fp16 needs a GPU, and the network is on {device}: use bf16 or fp32')
         super().before_fit()
         self.autocast = torch.autocast(device, dtype={AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}[self.amp_mode])
+
+    def before_batch(self): super().before_batch(); self._inside = True
+    def after_loss(self): super().after_loss(); self._inside = False
+    def _leave(self, learn): # the autocast of a batch that was interrupted
+        if self._inside: self.after_loss()
 
 PRECISIONS = dict(fp32=[], bf16=[AMPMode.BF16], fp16=[AMPMode.FP16])
 
