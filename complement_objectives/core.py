@@ -16,10 +16,16 @@ import numpy as np
 import torch
 
 # %% ../nbs/00_core.ipynb #4ff9ff7f
-class InputError(ValueError):
+class _Said(Exception): # what it says stays, also where fastai puts the name of a callback before it
+    def __init__(self, message=''):
+        super().__init__(message)
+        self.message = str(message)
+    def __str__(self): return self.message
+
+class InputError(_Said, ValueError):
     "Something the caller gave cannot be used; the message is one line and says what to do instead."
 
-class RunFailed(RuntimeError):
+class RunFailed(_Said, RuntimeError):
     "A run was set up well and came to nothing, a training that diverged for instance; one line, with what to do."
 
 # %% ../nbs/00_core.ipynb #ac59d985
