@@ -24,8 +24,8 @@ from .core import (
 from .models import ReverseLogits, create_model
 
 # %% ../nbs/04d_checkpoints.ipynb #a5e10e03
-def _digest(header:str, tensors:dict)->str: # of all that a reader will trust: header, names, types, shapes, values
-    digest = hashlib.sha256(f'{len(header)} {header}'.encode())
+def _digest(header, tensors:dict)->str: # of all that a reader will trust: header, names, types, shapes, values
+    digest = hashlib.sha256(json.dumps(header).encode())
     for name in sorted(tensors):
         t = tensors[name]
         digest.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode())
@@ -39,12 +39,16 @@ def save_tensors(
 ):
     "Write tensors as safetensors in one step, see `atomic_write`, with a checksum over tensors and header."
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    header = json.dumps({} if header is None else header, default=_plain)
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary, dict(header=header, sha256=_digest(header, tensors)))
+    header = json.loads(json.dumps({} if header is None else header, default=_plain))
+    sealed = json.dumps(dict(sha256=_digest(header, tensors), header=header)) # one entry: safetensors puts several in any order
+    with atomic_write(path) as temporary: save_file(tensors, temporary, dict(header=sealed))
 
 # %% ../nbs/04d_checkpoints.ipynb #c5e4cec9
 def _damaged(path): return InputError(f'{path} is missing, truncated or no safetensors file: delete it and make it again')
+
+def _parsed(text): # what JSON says, or None
+    try: return json.loads(text)
+    except (ValueError, RecursionError): return None
 
 def read_tensors(
     path:str|Path, # a file of `save_tensors`
@@ -54,11 +58,12 @@ def read_tensors(
         with safe_open(path, 'pt') as file:
             found, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError): raise _damaged(path) from None
-    if not {'header', 'sha256'} <= found.keys():
+    sealed = _parsed(found.get('header', ''))
+    if not isinstance(sealed, dict) or not {'header', 'sha256'} <= sealed.keys():
         raise InputError(f'{path} has no checksum: an older version or another program wrote it; make it again')
-    if found['sha256'] != _digest(found['header'], tensors):
+    if sealed['sha256'] != _digest(sealed['header'], tensors):
         raise InputError(f'{path} is damaged or was edited, its checksum differs: delete it and make it again')
-    return tensors, json.loads(found['header'])
+    return tensors, sealed['header']
 
 def load_tensors(
     path:str|Path, # a file of `save_tensors`
