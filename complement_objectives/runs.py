@@ -249,7 +249,7 @@ def size_name(
 
 # %% ../nbs/10_runs.ipynb #a34b44ae
 def _outcome(normal, scores, x_adv, x, y)->dict: # of one attack at one size
-    before, after = (torch.from_numpy(s['predicted'].to_numpy()) for s in (normal, scores))
+    before, after = (torch.tensor(s['predicted'].to_numpy()) for s in (normal, scores))
     far = distortion(x_adv, x)[chosen_pairs(before, after, y)]
     return dict(accuracy=accuracy(after == y), fooled=len(far), distortion=far.mean().item() if len(far) else None,
                 auc=detection_auc(normal, scores, y))
