@@ -161,10 +161,14 @@ def attack_words(
     kinds = {}
     for r, _ in attacks: kinds.setdefault((r['settings']['norm'], tuple(r['sizes']), r['images']), []).append(r['attack'])
     words = [f"{listed(n)} ran in the {norm} norm {_how(sizes, n)} on {images} test image{'s' if images > 1 else ''}." for (norm, sizes, images), n in kinds.items()]
-    knowing = [name for name in names if name in KNOW_DETECTOR]
     words += [_worst_words(attacks), 'fooled counts images that were right and then wrong; distortion is the mean over them, in grey levels (RCE §4.3).',
-              f"Accuracy under attack is an upper bound on robustness; {listed(knowing) + ' knew a detector' if knowing else 'none of these attacks knew a detector'}."]
+              f"Accuracy under attack is an upper bound on robustness; {_knowing(names)}."]
     return words
+
+def _knowing(names)->str: # which attacks were shown a detector
+    knowing = [name for name in names if name in KNOW_DETECTOR]
+    if knowing: return f'{listed(knowing)} knew a detector'
+    return f'{listed(names)} knew no detector' if len(names) == 1 else 'none of these attacks knew a detector'
 
 def _how(sizes, names)->str: # at which ε, or at which budget
     if 'own' not in sizes: return f'at ε = {listed(sizes)}'

@@ -193,7 +193,8 @@ def _worst_words(runs:list)->str: # over which attacks the worst case is, and wh
 
 def _reading(config:StudyConfig, runs:list)->list: # how the numbers came about, in words
     knows = [name for name in runs[0]['attacks'] if name in KNOW_DETECTOR]
-    knowing = f'Of these attacks {listed(knows)} knew the K-density detector.' if knows else 'None of these attacks knew a detector.'
+    others = 'None of these attacks knew a detector.' if len(runs[0]['attacks']) > 1 else f'{listed(runs[0]["attacks"])} knew no detector.'
+    knowing = f'{listed(knows)} knew the K-density detector.' if knows else others
     return [f'{_training_words(config)} {_seed_words(config)}',
             f'{_image_words(runs)} {_attack_words(config, runs)} {_worst_words(runs)}',
             'Zero gradients is the share of clean test images where the input gradient of the cross-entropy is exactly zero.',
