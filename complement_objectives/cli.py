@@ -32,7 +32,7 @@ class Number(click.ParamType):
     name = 'number'
     def convert(self, value, param, ctx):
         try: return float(Fraction(value)) if isinstance(value, str) and '/' in value else float(value)
-        except (ValueError, ZeroDivisionError): self.fail(f"'{value}' is not a number", param, ctx)
+        except (ValueError, ArithmeticError): self.fail(f"'{value}' is not a number", param, ctx)
 
 # %% ../nbs/12_cli.ipynb #e2d556d5
 @click.group(invoke_without_command=True, context_settings=dict(help_option_names=['-h', '--help'], max_content_width=110),
@@ -72,13 +72,14 @@ A study that was interrupted continues where it was when the same command is giv
 def study(dataset, root, objectives, alpha, attacks, eps, seeds, epochs, attack_images, out, device):
     """Train, attack and compare the objectives; write tables, figures and a report.
 
-    Prints the accuracy on clean and on attacked images and the AUC of the detection scores, as mean ± standard deviation over
-    the seeds. The result folder holds a JSON file for each run, the tables, the figures and report.html."""
+    Prints the accuracy on clean and on attacked images and the AUC of the detection scores, with several seeds as mean ±
+    standard deviation over them. The result folder holds a JSON file for each run, the tables, the figures and report.html."""
     from complement_objectives import study as s
     config = s.StudyConfig.create(dataset, objectives, alpha, attacks, eps, seeds, epochs, attack_images)
     runs, report = s.study(config, out, root, device)
-    click.echo(f'\nAccuracy (%)\n{s.accuracy_table(runs).to_string()}\n')
-    click.echo(f'Detection, AUC × 100\n{s.detection_table(runs).to_string()}\n\nReport: {report}')
+    over = f'mean ± standard deviation over {config.seeds} seeds' if config.seeds > 1 else 'one seed'
+    click.echo(f'\nAccuracy (%), {over}\n{s.accuracy_table(runs).to_string()}\n')
+    click.echo(f'Detection, AUC × 100, {over}\n{s.detection_table(runs).to_string()}\n\nReport: {report}')
 
 # %% ../nbs/12_cli.ipynb #feb860bd
 @click.command(epilog="""Examples:
@@ -116,8 +117,10 @@ def train(root, out, device, **settings):
     with tqdm(total=config.epochs, unit='epoch', disable=None) as bar:
         def progress(done, total): bar.update(done - bar.n)
         _, header = r.train_network(config, out, root, device, progress)
+    last = header['history'][-1]['accuracy']
+    if last < 1.5/len(header['class_names']): click.echo(f'cobj: careful: accuracy {100*last:.1f} % is hardly better than guessing', err=True)
     click.echo(f"{r.OBJECTIVES[config.objective].title}, {config.model} on {config.dataset}: test accuracy "
-               f"{100*header['history'][-1]['accuracy']:.2f} % after {config.epochs} epochs ({header['seconds']:.1f} s)\nNetwork: {out}")
+               f"{100*last:.2f} % after {config.epochs} epochs ({header['seconds']:.1f} s)\nNetwork: {out}")
 
 cli.add_command(train)
 
@@ -133,15 +136,16 @@ cli.add_command(train)
 def attack(folder, attacks, eps, images, seed, root, device):
     """Attack the network in FOLDER, which cobj train wrote; results go to FOLDER/attacks.
 
-    Prints accuracy, how many images were right and then fooled, and their mean distortion in grey levels."""
+    Prints accuracy, how many images were right and then fooled, and their mean distortion in grey levels; and for each ε the
+    worst case over the attacks that share it and their images."""
     from tqdm import tqdm
-    from complement_objectives.saved import attack_saved
+    from complement_objectives.saved import attack_saved, attack_words, in_words
     with tqdm(total=len(attacks), unit='attack', disable=None) as bar:
         def progress(done, total, name):
             bar.update(done - bar.n)
             bar.set_description(name)
         table = attack_saved(folder, attacks, eps, images, seed, root, device, progress)
-    click.echo(table.round(1).to_string(na_rep='–'))
+    click.echo('\n'.join([in_words(table).to_string(), '', *attack_words(folder)]))
 
 cli.add_command(attack)
 
@@ -155,9 +159,10 @@ cli.add_command(attack)
 def detect(folder, detector, fpr, root, device):
     """Give the network in FOLDER the answer NOT SURE; the two go to FOLDER/robust.
 
-    Prints how many normal and attacked images (those of cobj attack) still get an answer, and how often it is right."""
-    from complement_objectives.saved import detect_saved
-    click.echo(detect_saved(folder, detector, fpr, root, device).round(1).to_string(na_rep='–'))
+    Prints how many normal and attacked images (those of cobj attack) still get an answer, and how often it is right.
+    One half of the test images sets the threshold, the other is judged."""
+    from complement_objectives.saved import detect_saved, in_words
+    click.echo(in_words(detect_saved(folder, detector, fpr, root, device)).to_string())
 
 @click.command()
 @click.argument('folder', type=click.Path())
@@ -172,13 +177,13 @@ for command in (detect, report): cli.add_command(command)
 def main(
     args=None, # arguments, or None for those of the process
 ):
-    "The `cobj` command: one line and exit status 2 for bad input."
+    "The `cobj` command: one line and exit status 2 for bad input, 1 for a run that failed."
     if not sys.warnoptions: warnings.simplefilter('ignore')
     os.environ.setdefault('GOMP_SPINCOUNT', '1000')
     try: status = cli.main(args, prog_name='cobj', standalone_mode=False)
     except click.exceptions.Abort: status = _say('interrupted: the same command continues where it was', 130)
     except click.ClickException as e: status = _say(f'error: {e.format_message()}', 2)
-    except (ValueError, OSError) as e: status = _refused(e)
+    except (ValueError, RuntimeError, OSError) as e: status = _refused(e)
     sys.exit(status or 0)
 
 # %% ../nbs/12_cli.ipynb #9d9f4b92
@@ -186,7 +191,9 @@ def _say(message:str, status:int)->int: # one line on standard error
     click.echo(f"cobj: {' '.join(message.split())}", err=True)
     return status
 
-def _refused(error:Exception)->int: # bad input is said; anything else keeps its traceback
-    from complement_objectives.core import InputError
+def _refused(error:Exception)->int: # bad input and a failed run are said; a fault of the library keeps its traceback
+    from complement_objectives.core import InputError, RunFailed
     if isinstance(error, InputError): return _say(f'error: {error}', 2)
+    if isinstance(error, RunFailed): return _say(f'failed: {error}', 1)
+    if isinstance(error, OSError) and error.filename: return _say(f'failed: {error.filename}: {error.strerror}', 1)
     raise error

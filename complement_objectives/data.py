@@ -7,8 +7,8 @@ __all__ = ['DATASETS', 'ImageData', 'digits', 'show_images', 'check_file', 'pars
            'PadCropFlip', 'TensorLoader', 'dataloaders']
 
 # %% ../nbs/03_data.ipynb #e7417dd5
-import gzip, os, shutil, socket, tempfile
-from dataclasses import dataclass
+import gzip, math, os, shutil, socket, tempfile
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,16 +29,51 @@ from torchvision.utils import make_grid
 from .core import InputError, choose, seed_everything
 
 # %% ../nbs/03_data.ipynb #8338e60c
+def _finite(x, part:str): # images without NaN and infinities
+    bad = 0 if not x.is_floating_point() else len(x) - x.isfinite().flatten(1).all(1).sum().item()
+    if bad: raise InputError(f'{bad} of the {len(x)} {part} images hold NaN or infinity: mend them or leave them out')
+    return x
+
+def _images(x, part:str): # (N, C, H, W), as a tensor
+    x = torch.as_tensor(x)
+    if x.dim() != 4: raise InputError(f'the {part} images must have the shape (N, C, H, W), got {tuple(x.shape)}')
+    if not x.numel(): raise InputError(f'there are no {part} images: their shape is {tuple(x.shape)}')
+    return _finite(x, part)
+
+def _labels(y, n:int, n_classes:int, part:str): # (n,) int64, from (n,) or (n, 1)
+    y = torch.as_tensor(y)
+    if y.shape not in ((n,), (n, 1)): raise InputError(f'{n} {part} images need {n} labels, got the shape {tuple(y.shape)}')
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise InputError(f'the {part} labels must be class indices, whole numbers, got {y.dtype}')
+    low, high = (v.item() for v in y.aminmax())
+    if low < 0 or high >= n_classes:
+        raise InputError(f'the {part} labels run from {low} to {high}: with {n_classes} class names they must lie in [0, {n_classes})')
+    return y.reshape(n).long()
+
+# %% ../nbs/03_data.ipynb #2fdfb7c2
 @dataclass
 class ImageData:
-    "A labelled set of images in two splits, as bytes."
+    "A labelled set of images in two splits, as bytes; `InputError` for what cannot be learned from."
     name:str              # how it is called on the command line
-    train_x:torch.Tensor  # (N, C, H, W) uint8
+    train_x:torch.Tensor  # (N, C, H, W) uint8, or finite floating point
     train_y:torch.Tensor  # (N,) int64 classes
-    test_x:torch.Tensor   # (M, C, H, W) uint8
+    test_x:torch.Tensor   # (M, C, H, W) like `train_x`
     test_y:torch.Tensor   # (M,) int64 classes
     class_names:list      # K names
     scale:float=255.      # the byte that stands for 1.0
+
+    def __post_init__(self): self.check()
+
+    def check(self)->'ImageData': # itself
+        "Look at every image and label once more, after they were changed for instance."
+        if not 0 < self.scale < float('inf'): raise InputError(f'scale is {self.scale}: it must be a number above 0')
+        for part in ('train', 'test'):
+            x = _images(getattr(self, f'{part}_x'), part)
+            y = _labels(getattr(self, f'{part}_y'), len(x), len(self.class_names), part)
+            setattr(self, f'{part}_x', x), setattr(self, f'{part}_y', y)
+        sizes = [tuple(x.shape[1:]) for x in (self.train_x, self.test_x)]
+        if sizes[0] != sizes[1]: raise InputError(f'training images of the shape {sizes[0]} and test images of the shape {sizes[1]} are no one set')
+        return self
 
     @property
     def n_classes(self)->int: return len(self.class_names) # K
@@ -92,9 +127,9 @@ def parse_idx(
 )->torch.Tensor:   # uint8, in the shape its head declares
     "Images or labels in LeCun's IDX format; `InputError` when the length does not fit the head."
     n_dims = content[3] if len(content) > 3 else 0
-    shape = np.frombuffer(content[4:4 + 4*n_dims], '>i4') if len(content) >= 4 + 4*n_dims else []
+    shape = np.frombuffer(content[4:4 + 4*n_dims], '>u4') if len(content) >= 4 + 4*n_dims else []
     body = content[4 + 4*n_dims:]
-    if n_dims == 0 or len(body) != np.prod(shape, dtype=int):
+    if n_dims == 0 or content[:3] != bytes([0, 0, 8]) or len(body) != math.prod(map(int, shape)):
         raise InputError(f'{name} is empty, truncated or no IDX file: put the original there')
     return torch.from_numpy(np.frombuffer(body, np.uint8).reshape(shape).copy())
 
@@ -219,6 +254,8 @@ class TensorLoader(DataLoader):
         n=None,       # ignored: it is the number of labels
         **kwargs,     # `bs`, `shuffle`, `drop_last`, `device`, …
     ):
+        _finite(dataset[0], 'given')
+        if len(dataset[0]) != len(dataset[1]): raise InputError(f'{len(dataset[0])} images and {len(dataset[1])} labels are no pairs')
         self.scale, self.augment = scale, augment
         super().__init__(_Pair(dataset), n=len(dataset[1]), **kwargs)
         if self.device is not None: self.to(self.device)
@@ -252,6 +289,7 @@ def get_idxs(self:TensorLoader): # (N,) the order of this pass, a tensor on the 
 
 @patch
 def __iter__(self:TensorLoader):
+    if not self.n: raise InputError('there are no images to go through: the loader is empty')
     self.randomize()
     self.before_iter()
     index = self.get_idxs().to(self.dataset[1].device)
@@ -266,6 +304,7 @@ def dataloaders(
     augment=None,      # for the training batches, `PadCropFlip()` for instance
 )->DataLoaders:        # training batches shuffled; the test split in the place of the validation set
     "fastai `DataLoaders`. No choice is ever made on the second loader here: numbers are those of the last epoch."
+    data.check()
     if batch_size < 1: raise InputError(f'batch_size is {batch_size}: it must be at least 1')
     train = TensorLoader((data.train_x, data.train_y), scale=data.scale, augment=augment, bs=batch_size, shuffle=True)
     test = TensorLoader((data.test_x, data.test_y), scale=data.scale, bs=1000)
