@@ -265,7 +265,7 @@ def _kept(
 )->Tensor:            # (M,) rows that count, or None where all do
     "Find the ignored rows, and refuse a target that is neither a class nor ignored."
     if len(t):
-        low,high = (v.item() for v in t.aminmax())
+        low,high = (v.tolist() for v in t.aminmax())
         if low>=0 and high<k and not low<=ignore_index<=high: return None
     keep = t!=ignore_index
     bad = t[keep & ((t<0)|(t>=k))]
