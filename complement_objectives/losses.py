@@ -205,18 +205,15 @@ def _again(
     return grad
 
 # %% ../nbs/01_losses.ipynb #c2350c08
-def _transformed()->bool: # is a torch.func transform at work?
-    return getattr(torch._C, '_are_functorch_transforms_active', lambda: True)()
-
-def _many(g:Tensor)->bool: # many gradients at once, as `torch.autograd.grad(…, is_grads_batched=True)` passes them?
-    return getattr(getattr(torch._C, '_functorch', None), 'is_legacy_batchedtensor', lambda g: True)(g)
+_transformed = getattr(torch._C, '_are_functorch_transforms_active', lambda: True) # is a torch.func transform at work?
+_many = getattr(getattr(torch._C, '_functorch', None), 'is_legacy_batchedtensor', lambda g: True) # many gradients at once, by `is_grads_batched`?
 
 def _traced(
     x:Tensor=None, # logits, or a gradient
 )->bool:           # is somebody following the operations, or are there no values?
     "Whether plain operations are called for."
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed(): return True
-    return x is not None and (type(x) is not Tensor or x.is_meta or unpack_dual(x).tangent is not None)
+    return x is not None and (type(x) is not Tensor or x.is_meta or unpack_dual(x)[1] is not None)
 
 # %% ../nbs/01_losses.ipynb #bd70c491
 def _untyped(
@@ -245,17 +242,18 @@ def _n_classes(
 def _rows(
     logits:Tensor, # (N, K) or (N, K, d1, …) unnormalised scores
     target:Tensor, # (N,) or (N, d1, …) class indices, or with an axis of one in addition
-)->tuple:          # logits as (M, K), target as (M,) int64
+)->tuple:          # logits as (M, K), target as (M,) int64, K
     "Check shapes and dtypes, then bring the class axis last and flatten the others."
     logits,target = _untyped(logits),_untyped(target)
     n,k,*d = sizes = _sizes(logits) if logits.ndim>1 else (0,0)
     if k<2: raise ValueError(f"logits must be (N, K) or (N, K, d1, …) with K ≥ 2 classes, got {tuple(logits.shape)}")
     if target.is_floating_point(): raise ValueError("target must hold class indices, not probabilities; for Mixup blend the losses of both targets, as fastai does when y_int is True")
-    if (got := tuple(_sizes(target))) not in ((n,*d), (n,1,*d), (n,*d,1)): raise ValueError(f"target must have shape {(n,*d)} for logits of shape {tuple(sizes)}, got {got}")
+    got = _sizes(target)
+    if got!=(n,*d) and tuple(got) not in ((n,1,*d), (n,*d,1)): raise ValueError(f"target must have shape {(n,*d)} for logits of shape {tuple(sizes)}, got {tuple(got)}")
     if logits.device!=target.device: raise ValueError(f"logits and target must be on one device, got {logits.device} and {target.device}")
     if d: logits = logits.movedim(1, -1).reshape(-1, k)
     if target.ndim>1: target = target.reshape(-1)
-    return logits, target if target.dtype==torch.int64 else target.long()
+    return logits, target if target.dtype==torch.int64 else target.long(), k
 
 # %% ../nbs/01_losses.ipynb #b001215c
 def _kept(
@@ -285,10 +283,11 @@ def _row_weights(
     weight:Tensor,     # (K,) weight of each class, or None
     mean:bool,         # divide by the sum?
     scale:float,       # factor of all
-    dtype:torch.dtype, # of the weights
+    dtype:torch.dtype, # of the logits
 )->tuple:              # weight of the rows: a number, or (M,); what to add to the mean: None, or 0, NaN where nothing counts
     "Row weights of `F.cross_entropy`, whose mean divides by their sum."
     if weight is None and keep is None: return (scale if not mean else scale/len(t) if len(t) else math.nan), None
+    dtype = torch.promote_types(dtype, torch.float32)
     w = keep.to(dtype) if weight is None else weight.to(dtype)[t]
     if weight is not None and keep is not None: w = w.masked_fill(~keep, 0)
     if not mean: return w*scale, None
@@ -326,12 +325,11 @@ def _check_number(
     raise ValueError(f"{name} must be a number, got {type(value).__name__}; class weights go by keyword, weight=…")
 
 def _class_weights(
-    weight:Tensor, # (K,) weight of each class, or None
+    weight:Tensor, # (K,) weight of each class
     z:Tensor,      # (M, K) logits
     k:int,         # number of classes
 )->Tensor:         # the same, without a subclass
     "Refuse class weights that do not fit the logits."
-    if weight is None: return None
     if not isinstance(weight, Tensor) or tuple(_sizes(weight))!=(k,):
         got = f'shape {tuple(weight.shape)}' if isinstance(weight, Tensor) else repr(weight)
         raise ValueError(f"weight must be a tensor of shape ({k},), one number for each class, got {got}")
@@ -350,14 +348,14 @@ def _loss(
 )->Tensor:                 # a number, or (N,) or (N, d1, …)
     "Check, weight, evaluate and reduce."
     _check_reduction(reduction)
-    (z,t),k = _rows(logits, target),_n_classes(logits)
-    weight = _class_weights(weight, z, k)
+    z,t,k = _rows(logits, target)
+    if weight is not None: weight = _class_weights(weight, z, k)
     each,traced = reduction=='none',_traced(z)
     if traced or t.device.type!='cpu': keep = t!=ignore_index
     else: keep = _kept(t, k, ignore_index)
     if keep is not None: t = t*keep
     if traced: t = _looked_up(t, k)
-    w,empty = _row_weights(t, keep, weight, reduction=='mean', scale, torch.promote_types(z.dtype, torch.float32))
+    w,empty = _row_weights(t, keep, weight, reduction=='mean', scale, z.dtype)
     form = _plain_form if closed is None or traced or not len(t) else _ClosedForm.apply
     loss = form(z, t, keep, plain, closed, w, each)
     if empty is not None: loss = loss+empty

@@ -422,7 +422,8 @@ def test_without_torchs_private_functions(monkeypatch):
     monkeypatch.delattr(torch, '_softmax_backward_data')
     monkeypatch.delattr(torch, '_log_softmax_backward_data')
     for f, (first, twice) in zip(FUNCTIONS.values(), expected): assert all(map(close, gradient(f, z, y) + second(f, z, y), first + twice))
-    monkeypatch.delattr(torch._C, '_are_functorch_transforms_active')
+    monkeypatch.setattr(L, '_transformed', lambda: True) # what a torch without them gets
+    monkeypatch.setattr(L, '_many', lambda g: True)
     for f, (first, twice) in zip(FUNCTIONS.values(), expected):
         assert all(map(close, gradient(f, z, y) + second(f, z, y), first + twice))
         assert close(torch.func.grad(f)(z.detach(), y), first[1])
