@@ -8,22 +8,27 @@ __all__ = ['complement_entropy', 'complement_entropy_loss', 'guided_complement_e
            'SmoothedCrossEntropyLoss']
 
 # %% ../nbs/01_losses.ipynb #4455f25d
-import math
+import math, warnings
 from functools import partial
 
 # %% ../nbs/01_losses.ipynb #801cfbac
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 # %% ../nbs/01_losses.ipynb #e8d69b7e
+def _low(dtype:torch.dtype)->float: # a huge negative number, with room for a large weight
+    return torch.finfo(dtype).min/2**40
+
 def _mask(
     z:Tensor, # (M, K) logits
     t:Tensor, # (M,) true classes
 )->tuple:     # logits with the true class at a huge negative number, where that is
-    "Take the true class out of the running without an infinity."
+    "Take the true class, and any at -inf, out of the running without an infinity."
+    low = _low(z.dtype)
     g = torch.arange(z.shape[1], device=z.device)==t[:,None]
-    return z.masked_fill(g, torch.finfo(z.dtype).min/2), g
+    return z.clamp(min=2*low).masked_fill(g, low), g
 
 # %% ../nbs/01_losses.ipynb #29cbd510
 def _stats(
@@ -43,9 +48,10 @@ def _masked(
     z:Tensor, # (M, K) logits
     t:Tensor, # (M, 1) true classes
 )->Tensor:    # copy of the logits with the true class at a huge negative number
-    "`_mask` by index, with room for a large weight."
-    low = torch.finfo(z.dtype).min/2**40
-    return z.scatter(1, t, low if z.numel()<2**15 else torch.full_like(t, low, dtype=z.dtype)) # the faster one of two
+    "`_mask` by index."
+    low = _low(z.dtype)
+    fill = low if z.numel()<2**15 else torch.full_like(t, low, dtype=z.dtype) # the faster one of two
+    return z.clamp_min(2*low).scatter_(1, t, fill)
 
 def _others(
     z:Tensor, # (M, K) logits
@@ -65,6 +71,16 @@ def _inner(
     "Inner product of the rows of two matrices, or of the matrices."
     return x.mul_(q).sum(1) if each else x.mul_(q).sum()
 
+def _softmax_gradient(
+    x:Tensor,   # (M, K) gradient with respect to the softmax
+    q:Tensor,   # (M, K) the softmax
+    out:Tensor, # (M, K) to be filled with the gradient with respect to its input
+):
+    "q*(x - sum(q*x)), by torch's own kernel where this torch has it."
+    kernel = getattr(torch, '_softmax_backward_data', None)
+    if kernel: kernel(x, q, 1, q.dtype, grad_input=out)
+    else: torch.addcmul(x*q, q, (x*q).sum(1, keepdim=True), value=-1, out=out)
+
 # %% ../nbs/01_losses.ipynb #06237665
 def _entropy_closed(
     z:Tensor,   # (M, K) logits
@@ -77,7 +93,7 @@ def _entropy_closed(
     if z.numel()<2**15:
         q = (x:=_masked(z, t).log_softmax(1)).exp()
         x.mul_(w)
-        if out is not None: torch._softmax_backward_data(x, q, 1, q.dtype, grad_input=out)
+        if out is not None: _softmax_gradient(x, q, out)
         return _inner(x, q, each)
     x,q,c,_ = _others(z, t)
     m = x.mul_(q).sum(1, keepdim=True)
@@ -85,15 +101,27 @@ def _entropy_closed(
     return _inner(c.add_(m), w, each)
 
 # %% ../nbs/01_losses.ipynb #56b64cb2
+def _cleared(
+    z:Tensor,         # (M, K) logits
+    keep:Tensor,      # (M, 1) rows that count, or None for all
+    room:Tensor=None, # (M, K) to be overwritten, if there is such a buffer
+)->Tensor:            # the logits, with 0 in the rows that do not count
+    "Keep the logits of ignored rows, NaN perhaps, out of everything."
+    if keep is None: return z
+    zero = z.new_zeros(())
+    return torch.where(keep, z, zero) if room is None else torch.where(keep, z, zero, out=room)
+
 def _block(
     z:Tensor,    # (m, K) logits
     t:Tensor,    # (m, 1) true classes
+    keep:Tensor, # (m, 1) rows that count, or None for all
     closed,      # closed form
     w,           # weight: a number, or (m, 1)
     each:bool,   # keep the rows apart?
     grad:Tensor, # (m, K) to be filled, in the dtype of `z`, or None
 )->Tensor:       # loss, (m,) or summed
     "Run a closed form on one block, in float32 or better."
+    z = _cleared(z, keep, grad)
     if z.dtype in (torch.float32, torch.float64): return closed(z, t, w, each, grad)
     z = z.float()
     out = None if grad is None else torch.empty_like(z)
@@ -105,6 +133,7 @@ def _block(
 def _blocks(
     z:Tensor,    # (M, K) logits
     t:Tensor,    # (M, 1) true classes
+    keep:Tensor, # (M, 1) rows that count, or None for all
     closed,      # closed form
     w,           # weight: a number, or (M, 1)
     each:bool,   # keep the rows apart?
@@ -113,7 +142,7 @@ def _blocks(
     "Run a closed form over blocks of rows, about 2 MB each on a CPU, 256 MB elsewhere."
     n = max(2, (2**19 if z.device.type=='cpu' else 2**26)//z.shape[1]//2*2)
     part = lambda x,a: x[a:a+n] if isinstance(x, Tensor) else x
-    res = [_block(z[a:a+n], t[a:a+n], closed, part(w,a), each, part(grad,a)) for a in range(0, len(z), n)]
+    res = [_block(z[a:a+n], t[a:a+n], part(keep,a), closed, part(w,a), each, part(grad,a)) for a in range(0, len(z), n)]
     return torch.cat(res) if each else torch.stack(res).sum()
 
 # %% ../nbs/01_losses.ipynb #391a3450
@@ -130,50 +159,61 @@ def _weigh(
 def _run(
     z:Tensor,    # (M, K) logits
     t:Tensor,    # (M,) true classes
+    keep:Tensor, # (M,) rows that count, or None for all
     closed,      # closed form
     w,           # weight: a number, or (M,)
     each:bool,   # keep the rows apart?
     grad:Tensor, # (M, K) to be filled, unweighted in half precision, or None
 )->Tensor:       # loss, (M,) or summed
     "Run a closed form on all rows, at once if they are few."
-    z,t = z.contiguous(),t.unsqueeze(1)
-    if z.dtype in (torch.float16, torch.bfloat16): return _weigh(_blocks(z, t, closed, 1., True, grad), w, each)
+    z,t,keep = z.contiguous(),t.unsqueeze(1),None if keep is None else keep.unsqueeze(1)
+    if z.dtype in (torch.float16, torch.bfloat16): return _weigh(_blocks(z, t, keep, closed, 1., True, grad), w, each)
     if isinstance(w, Tensor): w = w.unsqueeze(1)
-    return closed(z, t, w, each, grad) if z.numel()<=2**19 else _blocks(z, t, closed, w, each, grad)
+    return (_block if z.numel()<=2**19 else _blocks)(z, t, keep, closed, w, each, grad)
 
 # %% ../nbs/01_losses.ipynb #edeffc87
 class _ClosedForm(torch.autograd.Function):
     "A loss of rows with its gradient in closed form, differentiable any number of times."
     @staticmethod
-    def forward(ctx, z, t, plain, closed, w, each):
+    def forward(ctx, z, t, keep, plain, closed, w, each):
         ctx.save_for_backward(z, t)
-        ctx.args = plain,closed,w,each
+        ctx.args = keep,plain,closed,w,each
         ctx.ready = torch.empty_like(z, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
-        return _run(z, t, closed, w, each, ctx.ready)
+        return _run(z, t, keep, closed, w, each, ctx.ready)
     @staticmethod
     def backward(ctx, g):
-        if torch.is_grad_enabled(): return _again(ctx, g), None, None, None, None, None
+        if torch.is_grad_enabled(): return _again(ctx, g), None, None, None, None, None, None
         grad,ctx.ready = ctx.ready if ctx.ready is not None else _again(ctx),None
-        if grad.dtype in (torch.float16, torch.bfloat16): g = g*ctx.args[2]
-        if g.ndim: g = g[:,None]
-        try: grad = grad if not g.ndim and g.device.type=='cpu' and g.item()==1 else grad.mul_(g)
-        except RuntimeError: grad = grad*g # many gradients at once, by `vmap`
-        return grad, None, None, None, None, None
+        if grad.dtype in (torch.float16, torch.bfloat16): g = g*ctx.args[3]
+        return _scaled(grad, g[:,None] if g.ndim else g), None, None, None, None, None, None
+def _scaled(
+    grad:Tensor, # (M, K), overwritten where nothing else needs it
+    g:Tensor,    # a number, or (M, 1)
+)->Tensor:       # (M, K) product
+    "Multiply the gradient by what comes from above, unless that is 1."
+    if _traced(g) or _many(g): return grad*g
+    return grad if not g.ndim and g.device.type=='cpu' and g.item()==1 else grad.mul_(g)
 def _again(
     ctx,           # what `_ClosedForm.forward` left
     g:Tensor=None, # gradient with respect to the loss, for a result to be differentiated again
 )->Tensor:         # (M, K) gradient with respect to the logits
     "The gradient once more: from the plain formula given `g`, else as `forward` left it."
-    (z,t),(plain,closed,w,each) = ctx.saved_tensors,ctx.args
-    if g is not None: return torch.autograd.grad(_weigh(plain(z, t), w, each), z, g, create_graph=True)[0]
+    (z,t),(keep,plain,closed,w,each) = ctx.saved_tensors,ctx.args
+    if g is not None: return torch.autograd.grad(_plain_form(z, t, keep, plain, closed, w, each), z, g, create_graph=True)[0]
     grad = torch.empty_like(z, memory_format=torch.contiguous_format)
-    _run(z, t, closed, w, each, grad)
+    _run(z, t, keep, closed, w, each, grad)
     return grad
 
 # %% ../nbs/01_losses.ipynb #c2350c08
-def _traced()->bool: # is torch.compile or a torch.func transform at work?
+_transformed = getattr(torch._C, '_are_functorch_transforms_active', lambda: True) # is a torch.func transform at work?
+_many = getattr(getattr(torch._C, '_functorch', None), 'is_legacy_batchedtensor', lambda g: True) # many gradients at once, by `is_grads_batched`?
+
+def _traced(
+    x:Tensor=None, # logits, or a gradient
+)->bool:           # is somebody following the operations, or are there no values?
     "Whether plain operations are called for."
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed(): return True
+    return x is not None and (type(x) is not Tensor or x.is_meta or unpack_dual(x)[1] is not None)
 
 # %% ../nbs/01_losses.ipynb #bd70c491
 def _untyped(
@@ -183,75 +223,148 @@ def _untyped(
     if type(x) is Tensor or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__: return x
     return x.as_subclass(Tensor)
 
+def _sizes(
+    x:Tensor, # any tensor
+)->tuple:     # its shape, as plain numbers, which `torch.jit.trace` takes for constants
+    "The shape, for checks and constants."
+    if not torch.jit.is_tracing(): return x.shape
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', torch.jit.TracerWarning)
+        return tuple(int(n) for n in x.shape)
+
+def _n_classes(
+    logits:Tensor, # (N, K) or (N, K, d1, …) unnormalised scores
+)->int:            # K, 0 where there is no such axis
+    "How many classes there are."
+    return _sizes(logits)[1] if logits.ndim>1 else 0
+
 # %% ../nbs/01_losses.ipynb #1d39472d
 def _rows(
     logits:Tensor, # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor, # (N,) or (N, d1, …) class indices
-)->tuple:          # logits as (M, K), target as (M,) int64
+    target:Tensor, # (N,) or (N, d1, …) class indices, or with an axis of one in addition
+)->tuple:          # logits as (M, K), target as (M,) int64, K
     "Check shapes and dtypes, then bring the class axis last and flatten the others."
     logits,target = _untyped(logits),_untyped(target)
-    n,k,*d = logits.shape if logits.ndim>1 else (0,0)
+    n,k,*d = sizes = _sizes(logits) if logits.ndim>1 else (0,0)
     if k<2: raise ValueError(f"logits must be (N, K) or (N, K, d1, …) with K ≥ 2 classes, got {tuple(logits.shape)}")
     if target.is_floating_point(): raise ValueError("target must hold class indices, not probabilities; for Mixup blend the losses of both targets, as fastai does when y_int is True")
-    if target.shape!=(n,*d): raise ValueError(f"target must have shape {(n,*d)} for logits of shape {tuple(logits.shape)}, got {tuple(target.shape)}")
-    if d: logits,target = logits.movedim(1, -1).reshape(-1, k),target.reshape(-1)
-    return logits, target if target.dtype==torch.int64 else target.long()
+    got = _sizes(target)
+    if got!=(n,*d) and tuple(got) not in ((n,1,*d), (n,*d,1)): raise ValueError(f"target must have shape {(n,*d)} for logits of shape {tuple(sizes)}, got {tuple(got)}")
+    if logits.device!=target.device: raise ValueError(f"logits and target must be on one device, got {logits.device} and {target.device}")
+    if d: logits = logits.movedim(1, -1).reshape(-1, k)
+    if target.ndim>1: target = target.reshape(-1)
+    return logits, target if target.dtype==torch.int64 else target.long(), k
 
 # %% ../nbs/01_losses.ipynb #b001215c
-def _row_weights(
-    t:Tensor,          # (M,) targets
-    weight:Tensor,     # (K,) weight of each class, or None
-    ignore_index:int,  # targets that count for nothing
-    mean:bool,         # divide by the sum?
-    dtype:torch.dtype, # of the weights
-)->tuple:              # targets with the ignored ones at 0, (M,) weight of each row
-    "Row weights of `F.cross_entropy`, whose mean divides by their sum."
+def _kept(
+    t:Tensor,         # (M,) targets, on a CPU
+    k:int,            # number of classes
+    ignore_index:int, # targets that count for nothing
+)->Tensor:            # (M,) rows that count, or None where all do
+    "Find the ignored rows, and refuse a target that is neither a class nor ignored."
+    if len(t):
+        low,high = (v.tolist() for v in t.aminmax())
+        if low>=0 and high<k and not low<=ignore_index<=high: return None
     keep = t!=ignore_index
-    t = t*keep
-    w = keep.to(dtype) if weight is None else weight.to(dtype)[t]*keep
-    return t, w/w.sum() if mean else w
+    bad = t[keep & ((t<0)|(t>=k))]
+    if len(bad): raise ValueError(f"target {bad[0].item()} is out of bounds: {k} classes have the indices 0 to {k-1}, and ignore_index is {ignore_index}")
+    return None if keep.all() else keep
+
+def _looked_up(
+    t:Tensor, # (M,) targets whose values are not known
+    k:int,    # number of classes
+)->Tensor:    # (M,) the same
+    "The targets out of a list of the classes, which refuses all others."
+    return torch.arange(k, device=t.device).gather(0, t)
+
+def _row_weights(
+    t:Tensor,          # (M,) true classes, any class where the row does not count
+    keep:Tensor,       # (M,) rows that count, or None for all
+    weight:Tensor,     # (K,) weight of each class, or None
+    mean:bool,         # divide by the sum?
+    scale:float,       # factor of all
+    dtype:torch.dtype, # of the logits
+)->tuple:              # weight of the rows: a number, or (M,); what to add to the mean: None, or 0, NaN where nothing counts
+    "Row weights of `F.cross_entropy`, whose mean divides by their sum."
+    if weight is None and keep is None: return (scale if not mean else scale/len(t) if len(t) else math.nan), None
+    dtype = torch.promote_types(dtype, torch.float32)
+    w = keep.to(dtype) if weight is None else weight.to(dtype)[t]
+    if weight is not None and keep is not None: w = w.masked_fill(~keep, 0)
+    if not mean: return w*scale, None
+    total = w.sum()
+    return w*(scale/total.masked_fill(total==0, 1)), 0/total
 
 # %% ../nbs/01_losses.ipynb #a0f1c3e8
 def _plain_form(
-    z:Tensor,  # (M, K) logits
-    t:Tensor,  # (M,) true classes
-    plain,     # (z, t) -> (M,) values, by plain operations
-    closed,    # closed form, not used
-    w,         # weight: a number, or (M,)
-    each:bool, # keep the rows apart?
-)->Tensor:     # weighted rows, or their sum
-    "What `_ClosedForm.apply` computes, by plain operations."
+    z:Tensor,    # (M, K) logits
+    t:Tensor,    # (M,) true classes
+    keep:Tensor, # (M,) rows that count, or None for all
+    plain,       # (z, t) -> (M,) values, by plain operations
+    closed,      # closed form, not used
+    w,           # weight: a number, or (M,)
+    each:bool,   # keep the rows apart?
+)->Tensor:       # weighted rows, or their sum
+    "What `_ClosedForm.apply` computes, by plain operations, in float32 or better."
+    z = _cleared(z, None if keep is None else keep[:,None])
+    if z.dtype in (torch.float16, torch.bfloat16): z = z.float()
     return _weigh(plain(z, t), w, each)
 
 # %% ../nbs/01_losses.ipynb #39e057e9
+def _check_reduction(
+    reduction, # must be one of three words
+):
+    "Refuse anything but 'none', 'mean' and 'sum'."
+    if not isinstance(reduction, str) or reduction not in ('none','mean','sum'): raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+
+def _check_number(
+    name:str, # of the parameter
+    value,    # must be a number
+):
+    "Refuse what is no number, such as class weights by position, where `nn.CrossEntropyLoss` takes them."
+    if isinstance(value, (int,float)) or getattr(value, 'ndim', 1)==0: return
+    raise ValueError(f"{name} must be a number, got {type(value).__name__}; class weights go by keyword, weight=…")
+
+def _class_weights(
+    weight:Tensor, # (K,) weight of each class
+    z:Tensor,      # (M, K) logits
+    k:int,         # number of classes
+)->Tensor:         # the same, without a subclass
+    "Refuse class weights that do not fit the logits."
+    if not isinstance(weight, Tensor) or tuple(_sizes(weight))!=(k,):
+        got = f'shape {tuple(weight.shape)}' if isinstance(weight, Tensor) else repr(weight)
+        raise ValueError(f"weight must be a tensor of shape ({k},), one number for each class, got {got}")
+    if weight.device!=z.device: raise ValueError(f"weight must be on the device of the logits, {z.device}, got {weight.device}")
+    return _untyped(weight)
+
 def _loss(
     logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,) or (N, d1, …) class indices
+    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
     plain,                 # (z, t) -> (M,) values, by plain operations
-    closed,                # (z, t, w, each, out) -> loss, gradient into out
+    closed=None,           # (z, t, w, each, out) -> loss, gradient into out; None to leave that to autograd
     scale:float=1.,        # factor of the values
     weight:Tensor=None,    # (K,) weight of each class
     ignore_index:int=-100, # targets that count for nothing
     reduction:str='mean',  # 'none', 'mean' or 'sum'
-)->Tensor:                 # a number, or the shape of `target`
+)->Tensor:                 # a number, or (N,) or (N, d1, …)
     "Check, weight, evaluate and reduce."
-    if reduction not in ('none','mean','sum'): raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    z,t = _rows(logits, target)
-    each,mean,traced,loss = reduction=='none',reduction=='mean',_traced(),None
-    form = _plain_form if traced or not len(t) else _ClosedForm.apply
-    if weight is None and ignore_index<0 and not traced and t.device.type=='cpu':
-        w = scale if not mean else scale/len(t) if len(t) else math.nan
-        try: loss = form(z, t, plain, closed, w, each)
-        except RuntimeError: pass # a target out of range: ignored ones, or a mistake that the next lines report
-    if loss is None:
-        t,w = _row_weights(t, weight, ignore_index, mean, torch.promote_types(z.dtype, torch.float32))
-        loss = form(z, t, plain, closed, w*scale, each)
-    return loss.reshape(target.shape) if each else loss
+    _check_reduction(reduction)
+    z,t,k = _rows(logits, target)
+    if weight is not None: weight = _class_weights(weight, z, k)
+    each,traced = reduction=='none',_traced(z)
+    if traced or t.device.type!='cpu': keep = t!=ignore_index
+    else: keep = _kept(t, k, ignore_index)
+    if keep is not None: t = t*keep
+    if traced: t = _looked_up(t, k)
+    w,empty = _row_weights(t, keep, weight, reduction=='mean', scale, z.dtype)
+    form = _plain_form if closed is None or traced or not len(t) else _ClosedForm.apply
+    loss = form(z, t, keep, plain, closed, w, each)
+    if empty is not None: loss = loss+empty
+    return loss.reshape(logits.select(1, 0).shape) if each and logits.ndim>2 else loss
 
 # %% ../nbs/01_losses.ipynb #6a09ee86
 def complement_entropy(
     logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,) or (N, d1, …) class indices
+    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
     reduction:str='mean',  # 'none', 'mean' or 'sum'
 )->Tensor:                 # entropy in nats, between 0 and log(K-1)
     "Entropy of the softmax over the wrong classes: COT Eq 2."
@@ -262,14 +375,15 @@ def _entropy_plain(z, t): return -_stats(z, t)[1]
 # %% ../nbs/01_losses.ipynb #22792ec0
 def complement_entropy_loss(
     logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,) or (N, d1, …) class indices
+    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
+    *,
     normalize:bool=True,   # divide by K-1 (COT Eq 3)?
     weight:Tensor=None,    # (K,) weight of each class
     ignore_index:int=-100, # targets that count for nothing
     reduction:str='mean',  # 'none', 'mean' or 'sum'
 )->Tensor:                 # -H/(K-1), or -H
     "What step 2 of COT's Algorithm 1 minimises; 0 with a zero gradient for K = 2."
-    scale = 1/max(logits.shape[1]-1, 1) if normalize and logits.ndim>1 else 1.
+    scale = 1/max(_n_classes(logits)-1, 1) if normalize else 1.
     return _loss(logits, target, _entropy_plain, _entropy_closed, scale, weight, ignore_index, reduction)
 
 # %% ../nbs/01_losses.ipynb #47baab9c
@@ -306,17 +420,20 @@ def _gce_closed(
 # %% ../nbs/01_losses.ipynb #af0ef069
 def guided_complement_entropy(
     logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,) or (N, d1, …) class indices
+    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
     alpha:float=1/3,       # exponent of the guiding factor, > 0
+    *,
     normalize:bool=True,   # divide by log(K-1) (GCE Eq 3)? needs K > 2
     weight:Tensor=None,    # (K,) weight of each class
     ignore_index:int=-100, # targets that count for nothing
     reduction:str='mean',  # 'none', 'mean' or 'sum'
 )->Tensor:                 # loss in [-1, 0] when normalised
     "Complement entropy weighted by the true class's probability to the power alpha, negated: GCE Eq 3."
+    _check_number('alpha', alpha)
     if not alpha>0: raise ValueError(f"alpha must be greater than 0, got {alpha}")
-    if normalize and logits.ndim>1 and logits.shape[1]==2: raise ValueError("guided complement entropy divides by log(K-1), which is 0 for K = 2; use more classes or normalize=False")
-    scale = 1/math.log(logits.shape[1]-1) if normalize and logits.ndim>1 and logits.shape[1]>2 else 1.
+    k = _n_classes(logits)
+    if normalize and k==2: raise ValueError("guided complement entropy divides by log(K-1), which is 0 for K = 2; use more classes or normalize=False")
+    scale = 1/math.log(k-1) if normalize and k>2 else 1.
     return _loss(logits, target, partial(_gce_plain, alpha=alpha), partial(_gce_closed, alpha=alpha), scale, weight, ignore_index, reduction)
 
 # %% ../nbs/01_losses.ipynb #2b0e1e92
@@ -327,10 +444,11 @@ def _smooth_plain(
     b:float,  # coefficient of every other class
 )->Tensor:    # (M,) loss
     "Minus the sum of `c*log p`, c being `a` at the true class and `b` elsewhere."
-    if z.dtype in (torch.float16, torch.bfloat16): z = z.float()
     logp = z.log_softmax(1)
-    g = torch.arange(z.shape[1], device=z.device)==t[:,None]
-    return -b*logp.masked_fill(g, 0).sum(1) - a*logp.gather(1, t[:,None]).squeeze(1)
+    loss = 0.
+    if b: loss = loss - b*logp.masked_fill(torch.arange(z.shape[1], device=z.device)==t[:,None], 0).sum(1)
+    if a: loss = loss - a*logp.gather(1, t[:,None]).squeeze(1)
+    return loss
 
 # %% ../nbs/01_losses.ipynb #fcc865d4
 def _smooth_closed(
@@ -345,33 +463,46 @@ def _smooth_closed(
     "Minus the sum of `c*log p` and its gradient."
     logp = z.log_softmax(1)
     c = torch.full_like(z, -b).scatter_(1, t, -a).mul_(w)
-    if out is not None: torch._log_softmax_backward_data(c, logp, 1, z.dtype, out=out)
+    if out is not None: _log_softmax_gradient(c, logp, out)
+    if not b: c,logp = c.gather(1, t),logp.gather(1, t) # 0*log p is 0, also where p is
+    if not a: logp.scatter_(1, t, 0.)
     return _inner(c, logp, each)
+
+def _log_softmax_gradient(
+    c:Tensor,    # (M, K) gradient with respect to the log-softmax
+    logp:Tensor, # (M, K) the log-softmax
+    out:Tensor,  # (M, K) to be filled with the gradient with respect to its input
+):
+    "c - p*sum(c), by torch's own kernel where this torch has it."
+    kernel = getattr(torch, '_log_softmax_backward_data', None)
+    if kernel: kernel(c, logp, 1, c.dtype, out=out)
+    else: torch.addcmul(c, logp.exp(), c.sum(1, keepdim=True), value=-1, out=out)
 
 # %% ../nbs/01_losses.ipynb #300d9835
 def reverse_cross_entropy(
     logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,) or (N, d1, …) class indices
+    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
     weight:Tensor=None,    # (K,) weight of each class
     ignore_index:int=-100, # targets that count for nothing
     reduction:str='mean',  # 'none', 'mean' or 'sum'
 )->Tensor:                 # loss of at least log(K-1)
     "Cross-entropy against the reverse label R_y: RCE Eq 4."
-    c = dict(a=0., b=1/max(logits.shape[-1 if logits.ndim<2 else 1]-1, 1))
+    c = dict(a=0., b=1/max(_n_classes(logits)-1, 1))
     return _loss(logits, target, partial(_smooth_plain, **c), partial(_smooth_closed, **c), 1., weight, ignore_index, reduction)
 
 # %% ../nbs/01_losses.ipynb #5bd474ee
 def smoothed_cross_entropy(
     logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,) or (N, d1, …) class indices
+    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
     lam:float,             # trade-off λ, at least 0; 0 is cross-entropy
     weight:Tensor=None,    # (K,) weight of each class
     ignore_index:int=-100, # targets that count for nothing
     reduction:str='mean',  # 'none', 'mean' or 'sum'
 )->Tensor:                 # loss, at least 0
     "Cross-entropy plus lam times reverse cross-entropy: RCE Eq 2."
+    _check_number('lam', lam)
     if not lam>=0: raise ValueError(f"lam must be at least 0, got {lam}")
-    c = dict(a=1., b=lam/max(logits.shape[-1 if logits.ndim<2 else 1]-1, 1))
+    c = dict(a=1., b=lam/max(_n_classes(logits)-1, 1))
     return _loss(logits, target, partial(_smooth_plain, **c), partial(_smooth_closed, **c), 1., weight, ignore_index, reduction)
 
 # %% ../nbs/01_losses.ipynb #322abf8d
@@ -380,7 +511,7 @@ class _ComplementLoss(nn.Module):
     y_int = True
     def __init__(self, weight:Tensor=None, ignore_index:int=-100, reduction:str='mean'):
         super().__init__()
-        if reduction not in ('none','mean','sum'): raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+        _check_reduction(reduction)
         self.register_buffer('weight', weight)
         self.ignore_index,self.reduction = ignore_index,reduction
     def activation(self, x): return x.softmax(1)
@@ -391,7 +522,7 @@ class _ComplementLoss(nn.Module):
 # %% ../nbs/01_losses.ipynb #54152533
 class ComplementEntropyLoss(_ComplementLoss):
     "Module form of `complement_entropy_loss`: COT Eq 3, negated."
-    def __init__(self,
+    def __init__(self, *,
         normalize:bool=True,   # divide by K-1?
         weight:Tensor=None,    # (K,) weight of each class
         ignore_index:int=-100, # targets that count for nothing
@@ -407,12 +538,14 @@ class GuidedComplementEntropyLoss(_ComplementLoss):
     "Module form of `guided_complement_entropy`: GCE Eq 3."
     def __init__(self,
         alpha:float=1/3,       # exponent of the guiding factor, > 0
+        *,
         normalize:bool=True,   # divide by log(K-1)?
         weight:Tensor=None,    # (K,) weight of each class
         ignore_index:int=-100, # targets that count for nothing
         reduction:str='mean',  # 'none', 'mean' or 'sum'
     ):
         super().__init__(weight, ignore_index, reduction)
+        _check_number('alpha', alpha)
         if not alpha>0: raise ValueError(f"alpha must be greater than 0, got {alpha}")
         self.alpha,self.normalize = alpha,normalize
     def forward(self, logits, target): return guided_complement_entropy(logits, target, **self._args())
@@ -434,6 +567,7 @@ class SmoothedCrossEntropyLoss(_ComplementLoss):
         reduction:str='mean',  # 'none', 'mean' or 'sum'
     ):
         super().__init__(weight, ignore_index, reduction)
+        _check_number('lam', lam)
         if not lam>=0: raise ValueError(f"lam must be at least 0, got {lam}")
         self.lam = lam
     def forward(self, logits, target): return smoothed_cross_entropy(logits, target, **self._args())

@@ -15,24 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/01a_relatives.ipynb #1ed7a3a2
-from .losses import _ComplementLoss, _row_weights, _rows, _weigh, complement_entropy_loss, smoothed_cross_entropy
-
-# %% ../nbs/01a_relatives.ipynb #bef36be3
-def _plain_loss(
-    logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,) or (N, d1, …) class indices
-    plain,                 # (z, t) -> (M,) values
-    weight:Tensor=None,    # (K,) weight of each class
-    ignore_index:int=-100, # targets that count for nothing
-    reduction:str='mean',  # 'none', 'mean' or 'sum'
-)->Tensor:                 # a number, or the shape of `target`
-    "Check, weight, evaluate and reduce, by plain operations."
-    if reduction not in ('none','mean','sum'): raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    z,t = _rows(logits, target)
-    f = torch.promote_types(z.dtype, torch.float32)
-    t,w = _row_weights(t, weight, ignore_index, reduction=='mean', f)
-    loss = _weigh(plain(z.to(f), t), w, reduction=='none')
-    return loss.reshape(target.shape) if reduction=='none' else loss
+from .losses import (_check_number, _ComplementLoss, _loss, _low, _mask, _n_classes, _sizes,
+    complement_entropy_loss, smoothed_cross_entropy)
 
 # %% ../nbs/01a_relatives.ipynb #5bf4eb5f
 def _published_rows(
@@ -50,42 +34,49 @@ def _published_rows(
 # %% ../nbs/01a_relatives.ipynb #c9d593fb
 def published_complement_entropy_loss(
     logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,) or (N, d1, …) class indices
+    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
     weight:Tensor=None,    # (K,) weight of each class
     ignore_index:int=-100, # targets that count for nothing
     reduction:str='mean',  # 'none', 'mean' or 'sum'
     eps:float=1e-7,        # added to 1 - p_g
 )->Tensor:                 # loss, close to -H/K for small logits
     "COT's complement loss as its authors' code computes it, epsilons, division by K and all. For comparisons only."
-    return _plain_loss(logits, target, lambda z,t: _published_rows(z, t, eps)[0]/z.shape[1], weight, ignore_index, reduction)
+    k = _n_classes(logits)
+    def plain(z, t): return _published_rows(z, t, eps)[0]/k
+    return _loss(logits, target, plain, None, 1., weight, ignore_index, reduction)
 
 # %% ../nbs/01a_relatives.ipynb #abe1c214
 def published_guided_complement_entropy(
     logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,) or (N, d1, …) class indices
+    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
     alpha:float=0.333,     # exponent of the guiding factor, > 0; the code's default is not quite 1/3
+    *,
     weight:Tensor=None,    # (K,) weight of each class
     ignore_index:int=-100, # targets that count for nothing
     reduction:str='mean',  # 'none', 'mean' or 'sum'
     eps:float=1e-7,        # added to 1 - p_g and to p_g
 )->Tensor:                 # loss
     "GCE as its authors' code computes it, epsilons, division by log K and all. For comparisons only."
+    _check_number('alpha', alpha)
     if not alpha>0: raise ValueError(f"alpha must be greater than 0, got {alpha}")
+    k = _n_classes(logits)
     def plain(z, t):
         s,pg = _published_rows(z, t, eps)
-        return (pg+eps)**alpha*s/math.log(z.shape[1])
-    return _plain_loss(logits, target, plain, weight, ignore_index, reduction)
+        return (pg+eps)**alpha*s/math.log(k)
+    return _loss(logits, target, plain, None, 1., weight, ignore_index, reduction)
 
 # %% ../nbs/01a_relatives.ipynb #ab0dfd26
 def complement_cross_entropy(
     logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,) or (N, d1, …) class indices
+    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
     gamma:float=-1.,       # factor of the complement entropy over K-1, below 0
+    *,
     weight:Tensor=None,    # (K,) weight of each class
     ignore_index:int=-100, # targets that count for nothing
     reduction:str='mean',  # 'none', 'mean' or 'sum'
 )->Tensor:                 # loss
     "Cross-entropy plus gamma/(K-1) times the complement entropy (CCE)."
+    _check_number('gamma', gamma)
     if not gamma<0: raise ValueError(f"gamma must be below 0, or complement entropy would be lowered; got {gamma}")
     kw = dict(weight=weight, ignore_index=ignore_index, reduction=reduction)
     return smoothed_cross_entropy(logits, target, 0., **kw) - gamma*complement_entropy_loss(logits, target, **kw)
@@ -96,47 +87,58 @@ def _entropy_over(
     keep:Tensor, # (M, K) which classes take part
 )->Tensor:       # (M,) entropy in nats, 0 where no class takes part
     "Entropy of the softmax over some of the classes."
-    logq = z.masked_fill(~keep, torch.finfo(z.dtype).min/2).log_softmax(1)
+    low = _low(z.dtype)
+    logq = z.clamp(min=2*low).masked_fill(~keep, low).log_softmax(1)
     return -(logq.exp()*logq.masked_fill(~keep, 0)).sum(1)
 
 # %% ../nbs/01a_relatives.ipynb #4c08dd42
+def _group_indices(
+    groups,      # (K,) coarse class of each fine class
+    device=None, # to put them on
+)->Tensor:       # (K,) integers
+    "Refuse what is no list of classes, such as class weights by position, where `F.cross_entropy` takes them."
+    groups = groups.to(device) if isinstance(groups, Tensor) else torch.tensor(groups, device=device)
+    if groups.is_floating_point(): raise ValueError("groups must be integers, the coarse class of each class; class weights go by keyword, weight=…")
+    return groups
+
 def hierarchical_complement_entropy_loss(
     logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,) or (N, d1, …) class indices
+    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
     groups:Tensor,         # (K,) coarse class of each fine class
+    *,
     normalize:bool=True,   # divide each entropy by the number of its classes?
     weight:Tensor=None,    # (K,) weight of each class
     ignore_index:int=-100, # targets that count for nothing
     reduction:str='mean',  # 'none', 'mean' or 'sum'
 )->Tensor:                 # loss, at most 0
     "Minus the entropies of the siblings and of the classes outside the group (HCOT)."
-    groups = torch.as_tensor(groups, device=logits.device)
-    if logits.ndim>1 and groups.shape!=logits.shape[1:2]: raise ValueError(f"groups must hold the coarse class of each of the {logits.shape[1]} classes, got shape {tuple(groups.shape)}")
+    groups,k = _group_indices(groups, logits.device),_n_classes(logits)
+    if logits.ndim>1 and tuple(_sizes(groups))!=(k,): raise ValueError(f"groups must hold the coarse class of each of the {k} classes, got shape {tuple(groups.shape)}")
     def plain(z, t):
-        same = groups==groups[t][:,None]
+        same = groups==groups.gather(0, t)[:,None]
         siblings = same & (torch.arange(z.shape[1], device=z.device)!=t[:,None])
         return -sum(_entropy_over(z, m)/(m.sum(1).clamp(min=1) if normalize else 1) for m in (siblings, ~same))
-    return _plain_loss(logits, target, plain, weight, ignore_index, reduction)
+    return _loss(logits, target, plain, None, 1., weight, ignore_index, reduction)
 
 # %% ../nbs/01a_relatives.ipynb #d3b7dfbe
 def probabilistically_compact_loss(
     logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,) or (N, d1, …) class indices
+    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
     xi:float=0.995,        # probability gap asked for, in (0, 1]
+    *,
     lam:float=0.,          # weight of the logit constraint, at least 0
     weight:Tensor=None,    # (K,) weight of each class
     ignore_index:int=-100, # targets that count for nothing
     reduction:str='mean',  # 'none', 'mean' or 'sum'
 )->Tensor:                 # loss, at least 0
     "Hinge on probability gaps plus `lam` times the likely logit gap (PC loss with logit constraints)."
+    _check_number('xi', xi); _check_number('lam', lam)
     if not (0<xi<=1 and lam>=0): raise ValueError(f"xi must lie in (0, 1] and lam be at least 0, got xi={xi}, lam={lam}")
     def plain(z, t):
-        g = torch.arange(z.shape[1], device=z.device)==t[:,None]
-        p,q = z.softmax(1), z.masked_fill(g, torch.finfo(z.dtype).min/2).softmax(1)
-        gap = lambda v: v.gather(1, t[:,None])-v
-        hinge = (xi-gap(p)).relu().masked_fill(g, 0).sum(1)/(z.shape[1]-1)
-        return hinge + lam*(q*gap(z).relu()).sum(1)
-    return _plain_loss(logits, target, plain, weight, ignore_index, reduction)
+        p,(d,g) = z.softmax(1),_mask(z, t)
+        hinge = (xi-(p.gather(1, t[:,None])-p)).relu().masked_fill(g, 0).sum(1)/(z.shape[1]-1)
+        return hinge + lam*(d.softmax(1)*(z.gather(1, t[:,None])-d).relu().masked_fill(g, 0)).sum(1)
+    return _loss(logits, target, plain, None, 1., weight, ignore_index, reduction)
 
 # %% ../nbs/01a_relatives.ipynb #228c5fa7
 class PublishedComplementEntropyLoss(_ComplementLoss):
@@ -145,8 +147,15 @@ class PublishedComplementEntropyLoss(_ComplementLoss):
 
 class PublishedGuidedComplementEntropyLoss(_ComplementLoss):
     "Module form of `published_guided_complement_entropy`. For comparisons only."
-    def __init__(self, alpha:float=0.333, weight:Tensor=None, ignore_index:int=-100, reduction:str='mean'):
+    def __init__(self,
+        alpha:float=0.333,     # exponent of the guiding factor, > 0
+        *,
+        weight:Tensor=None,    # (K,) weight of each class
+        ignore_index:int=-100, # targets that count for nothing
+        reduction:str='mean',  # 'none', 'mean' or 'sum'
+    ):
         super().__init__(weight, ignore_index, reduction)
+        _check_number('alpha', alpha)
         self.alpha = alpha
     def forward(self, logits, target): return published_guided_complement_entropy(logits, target, **self._args())
     def _args(self): return dict(alpha=self.alpha, **super()._args())
@@ -156,11 +165,13 @@ class ComplementCrossEntropyLoss(_ComplementLoss):
     "Module form of `complement_cross_entropy`."
     def __init__(self,
         gamma:float=-1.,       # factor of the complement entropy over K-1, below 0
+        *,
         weight:Tensor=None,    # (K,) weight of each class
         ignore_index:int=-100, # targets that count for nothing
         reduction:str='mean',  # 'none', 'mean' or 'sum'
     ):
         super().__init__(weight, ignore_index, reduction)
+        _check_number('gamma', gamma)
         self.gamma = gamma
     def forward(self, logits, target): return complement_cross_entropy(logits, target, **self._args())
     def _args(self): return dict(gamma=self.gamma, **super()._args())
@@ -170,13 +181,14 @@ class HierarchicalComplementEntropyLoss(_ComplementLoss):
     "Module form of `hierarchical_complement_entropy_loss`."
     def __init__(self,
         groups:Tensor,         # (K,) coarse class of each fine class
+        *,
         normalize:bool=True,   # divide each entropy by the number of its classes?
         weight:Tensor=None,    # (K,) weight of each class
         ignore_index:int=-100, # targets that count for nothing
         reduction:str='mean',  # 'none', 'mean' or 'sum'
     ):
         super().__init__(weight, ignore_index, reduction)
-        self.register_buffer('groups', torch.as_tensor(groups))
+        self.register_buffer('groups', _group_indices(groups))
         self.normalize = normalize
     def forward(self, logits, target): return hierarchical_complement_entropy_loss(logits, target, **self._args())
     def _args(self): return dict(groups=self.groups, normalize=self.normalize, **super()._args())
@@ -186,12 +198,14 @@ class ProbabilisticallyCompactLoss(_ComplementLoss):
     "Module form of `probabilistically_compact_loss`."
     def __init__(self,
         xi:float=0.995,        # probability gap asked for, in (0, 1]
+        *,
         lam:float=0.,          # weight of the logit constraint, at least 0
         weight:Tensor=None,    # (K,) weight of each class
         ignore_index:int=-100, # targets that count for nothing
         reduction:str='mean',  # 'none', 'mean' or 'sum'
     ):
         super().__init__(weight, ignore_index, reduction)
+        _check_number('xi', xi); _check_number('lam', lam)
         self.xi,self.lam = xi,lam
     def forward(self, logits, target): return probabilistically_compact_loss(logits, target, **self._args())
     def _args(self): return dict(xi=self.xi, lam=self.lam, **super()._args())

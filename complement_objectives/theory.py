@@ -64,19 +64,29 @@ def accepted_region(
     return G, torch.stack([gap - bias[a] + bias[c] for a, c, gap in pairs])
 
 # %% ../nbs/13_theory.ipynb #601a43ea
+def _feet_and_corners(
+    z:torch.Tensor, # (2,)
+    G:torch.Tensor, # (M, 2)
+    h:torch.Tensor, # (M,)
+)->torch.Tensor:    # (P, 2): the nearest point of {Gx ≤ h} is among them; P = 0 where the half planes have no point in common
+    "`z`, its feet on the edges and the corners, as far as they lie in all half planes."
+    feet = z - ((G @ z - h)/G.square().sum(1))[:, None]*G
+    a, c = torch.tensor(list(itertools.combinations(range(len(h)), 2))).T
+    det, length = G[a, 0]*G[c, 1] - G[a, 1]*G[c, 0], G.norm(dim=1)
+    det[det.abs() <= 1e-12*length[a]*length[c]] = torch.nan # parallel up to rounding: no corner
+    corners = torch.stack([h[a]*G[c, 1] - h[c]*G[a, 1], G[a, 0]*h[c] - G[c, 0]*h[a]], 1)/det[:, None]
+    points = torch.cat([z[None], feet, corners])
+    return points[(points @ G.T - h <= 1e-9*(1 + h.abs())).all(1)]
+
 def project_polygon(
     z:torch.Tensor, # (2,)
     G:torch.Tensor, # (M, 2)
     h:torch.Tensor, # (M,)
-)->torch.Tensor:    # (2,) the point of {Gx ≤ h} nearest to z
+)->torch.Tensor:    # (2,) the point of {Gx ≤ h} nearest to z; `InputError` where there is none
     "Exact projection onto an intersection of half planes, by looking at every foot and corner."
     z, G, h = _doubles(z, G, h)
-    feet = z - ((G @ z - h)/G.square().sum(1))[:, None]*G
-    a, c = torch.tensor(list(itertools.combinations(range(len(h)), 2))).T
-    det = G[a, 0]*G[c, 1] - G[a, 1]*G[c, 0]
-    corners = torch.stack([h[a]*G[c, 1] - h[c]*G[a, 1], G[a, 0]*h[c] - G[c, 0]*h[a]], 1)/det[:, None]
-    points = torch.cat([z[None], feet, corners])
-    points = points[(points @ G.T - h <= 1e-9*(1 + h.abs())).all(1)]
+    points = _feet_and_corners(z, G, h)
+    if not len(points): raise InputError('the half planes have no point in common: there is nothing to project onto')
     return points[(points - z).norm(dim=1).argmin()]
 
 # %% ../nbs/13_theory.ipynb #03a16a83
@@ -85,12 +95,23 @@ def nearest_adversarial(
     weight:torch.Tensor, # (3, 2) of the last layer
     bias:torch.Tensor,   # (3,)
     t:float=None,        # threshold on non-ME; None for no detector
-)->torch.Tensor:         # (2,) z1 without a detector, z2 with one
+)->torch.Tensor:         # (2,) z1 without a detector, z2 with one; `InputError` where there is none
     "The nearest hidden vector of another class that passes the detector: z₁ and z₂ of RCE Fig 1."
     z, weight, bias = _doubles(z, weight, bias)
     y = (weight @ z + bias).argmax().item()
-    found = [project_polygon(z, *accepted_region(k, weight, bias, t)) for k in range(3) if k != y]
+    regions = [accepted_region(k, weight, bias, t) for k in range(3) if k != y]
+    found = [project_polygon(z, G, h) for G, h in regions if _wins(z, G, h)]
+    if not found: raise InputError('there is no adversarial example: no other class wins anywhere' + ('' if t is None else f' with non-ME ≥ {t:.4g}'))
     return min(found, key=lambda p: (p - z).norm().item())
+
+def _wins(
+    z:torch.Tensor, # (2,) any point
+    G:torch.Tensor, # (M, 2) of `accepted_region`, whose first two half planes compare the class with the others
+    h:torch.Tensor, # (M,)
+)->bool:            # is the class ahead of both others, by more than rounding, anywhere in its region?
+    "Whether the region is more than a tie."
+    ahead = h.clone(); ahead[:2] -= 1e-8*(1 + h[:2].abs())
+    return len(_feet_and_corners(z, G, ahead)) > 0
 
 # %% ../nbs/13_theory.ipynb #1a890387
 def plot_hidden_plane(
