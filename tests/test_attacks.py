@@ -274,7 +274,7 @@ def test_few_steps_do_as_much_as_apgd():
         for attack in (PGD(steps=steps), BIM(steps=steps), BIM(steps=steps, random_start=True), MIM(steps=steps, random_start=True), make('pgd', steps=steps)):
             if steps == 40 and attack.step_rule == 'gce-script': continue # what the paper's authors ran
             assert attack(net, x, y, epsilons=eps)[2].double().mean() >= best - 0.05, attack
-    assert PGD(steps=10, step_rule='gce-script')(net, x, y, epsilons=eps)[2].double().mean() < best/2
+    assert PGD(steps=10, step_rule='gce-script')(net, x, y, epsilons=eps)[2].double().mean() < best - 0.2
 
 
 def test_the_papers_rules_by_name():
