@@ -181,7 +181,9 @@ def _grid(epsilons, fixed): # radii in a list, and whether they came as one
         if epsilons.ndim > 1: raise InputError(f'epsilons have shape {tuple(epsilons.shape)}: give one number, or a list of them')
         epsilons = epsilons.tolist()
     many = isinstance(epsilons, Iterable) and not isinstance(epsilons, str)
-    return [_radius(eps, fixed) for eps in (epsilons if many else [epsilons])], many
+    radii = [_radius(eps, fixed) for eps in (epsilons if many else [epsilons])]
+    if not radii: raise InputError('epsilons is an empty list: give a number or a list of numbers')
+    return radii, many
 
 def _images(inputs): # torch images, and how to give back tensors like them
     x, restore = ep.astensor_(inputs) if isinstance(inputs, (torch.Tensor, ep.Tensor)) else (None, None)
@@ -271,7 +273,8 @@ def fooled(
 )->torch.Tensor:    # (N,) booleans
     "Which images satisfy the criterion."
     if not len(x): return torch.zeros(0, dtype=torch.bool, device=x.device)
-    with torch.no_grad(): return criterion(x, model(x.clone()))
+    own = isinstance(model, (PlainModel, CheckedModel, PreparedModel)) # these make a copy themselves
+    with torch.no_grad(): return criterion(x, model(x if own else x.clone()))
 
 # %% ../nbs/06_attack_base.ipynb #5027b5ff
 def _some(criterion, index): # the criterion for some of the images; None if it holds no classes

@@ -94,6 +94,20 @@ def test_the_same_in_every_range(name):
         assert torch.equal(x_adv[~ok], given[~ok]), form
 
 
+@pytest.mark.parametrize('attack', [L2APGD(steps=8), L2FMN(steps=15), PGD(steps=5).repeat(2), JSMA(target='random', gamma=0.3).repeat(2)], ids=repr)
+def test_the_same_in_every_range_in_other_norms(attack):
+    net, x = network(), images()
+    y, eps = answers(net, x), 5 if attack.distance.p == 0 else 0.3
+    expected = attack(net, x, y, epsilons=eps)
+    for low, high in RANGES[1:]:
+        model, width = fb.PyTorchModel(net, bounds=(0, 1), device='cpu').transform_bounds((low, high)), high - low
+        _, x_adv, ok = attack(model, low + width*x, y, epsilons=eps*(1 if attack.distance.p == 0 else width))
+        assert torch.equal(ok, expected[2]) and torch.equal(ok, answers(model, x_adv) != y)
+        found = (x_adv - low)/width # FMN meets points that are equally far up to rounding, and may take the other
+        if 'FMN' in repr(attack): assert (attack.distance(x, found) - attack.distance(x, expected[1])).abs().max() < 1e-9
+        else: assert (found - expected[1]).abs().max() < 1e-9
+
+
 @pytest.mark.parametrize('name', [n for n in NAMES if n not in ('ilcm', 'apgd_t')])
 def test_the_same_in_every_range_towards_targets(name):
     net, x = network(), images()
@@ -238,7 +252,7 @@ def test_one_logit_is_refused(name, as_foolbox):
     with pytest.raises(InputError, match='1 logit'): attack(model, images(), torch.zeros(6).long(), epsilons=radius(attack))
 
 
-@pytest.mark.parametrize('eps', ['0.1', -0.1, float('nan'), INF, [0.1, 'a'], torch.ones(2, 2), 1j])
+@pytest.mark.parametrize('eps', ['0.1', -0.1, float('nan'), INF, [0.1, 'a'], torch.ones(2, 2), 1j, []])
 def test_senseless_radii_are_refused(eps):
     with pytest.raises(InputError): PGD()(network(), images(), torch.zeros(6).long(), epsilons=eps)
 
