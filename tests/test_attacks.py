@@ -320,6 +320,14 @@ def test_networks_that_work_in_place(name, as_foolbox):
     assert torch.equal(x, kept)
 
 
+def test_robust_accuracy_leaves_the_images_alone():
+    net, x = network(), images()
+    y, kept, wild = answers(Affine(net, 0.5, 0.2), x), x.clone(), Affine(net, 0.5, 0.2, inplace=True)
+    for model in (wild, fb.PyTorchModel(wild, bounds=(0, 1), device='cpu')):
+        table = robust_accuracy(model, x, y, [PGD(steps=5)], 0.05)
+        assert torch.equal(x, kept) and table.loc['clean', 'alone'] == 1
+
+
 class Sneaky(nn.Module): # past the version counter
     def __init__(self, net): super().__init__(); self.net = net; self.eval()
     def forward(self, x): x.data.mul_(0.5); return self.net(x)
