@@ -94,6 +94,20 @@ def test_the_same_in_every_range(name):
         assert torch.equal(x_adv[~ok], given[~ok]), form
 
 
+@pytest.mark.parametrize('attack', [L2APGD(steps=8), L2FMN(steps=15), PGD(steps=5).repeat(2), JSMA(target='random', gamma=0.3).repeat(2)], ids=repr)
+def test_the_same_in_every_range_in_other_norms(attack):
+    net, x = network(), images()
+    y, eps = answers(net, x), 5 if attack.distance.p == 0 else 0.3
+    expected = attack(net, x, y, epsilons=eps)
+    for low, high in RANGES[1:]:
+        model, width = fb.PyTorchModel(net, bounds=(0, 1), device='cpu').transform_bounds((low, high)), high - low
+        _, x_adv, ok = attack(model, low + width*x, y, epsilons=eps*(1 if attack.distance.p == 0 else width))
+        assert torch.equal(ok, expected[2]) and torch.equal(ok, answers(model, x_adv) != y)
+        found = (x_adv - low)/width # FMN meets points that are equally far up to rounding, and may take the other
+        if 'FMN' in repr(attack): assert (attack.distance(x, found) - attack.distance(x, expected[1])).abs().max() < 1e-9
+        else: assert (found - expected[1]).abs().max() < 1e-9
+
+
 @pytest.mark.parametrize('name', [n for n in NAMES if n not in ('ilcm', 'apgd_t')])
 def test_the_same_in_every_range_towards_targets(name):
     net, x = network(), images()
@@ -238,7 +252,7 @@ def test_one_logit_is_refused(name, as_foolbox):
     with pytest.raises(InputError, match='1 logit'): attack(model, images(), torch.zeros(6).long(), epsilons=radius(attack))
 
 
-@pytest.mark.parametrize('eps', ['0.1', -0.1, float('nan'), INF, [0.1, 'a'], torch.ones(2, 2), 1j])
+@pytest.mark.parametrize('eps', ['0.1', -0.1, float('nan'), INF, [0.1, 'a'], torch.ones(2, 2), 1j, []])
 def test_senseless_radii_are_refused(eps):
     with pytest.raises(InputError): PGD()(network(), images(), torch.zeros(6).long(), epsilons=eps)
 
@@ -274,7 +288,7 @@ def test_few_steps_do_as_much_as_apgd():
         for attack in (PGD(steps=steps), BIM(steps=steps), BIM(steps=steps, random_start=True), MIM(steps=steps, random_start=True), make('pgd', steps=steps)):
             if steps == 40 and attack.step_rule == 'gce-script': continue # what the paper's authors ran
             assert attack(net, x, y, epsilons=eps)[2].double().mean() >= best - 0.05, attack
-    assert PGD(steps=10, step_rule='gce-script')(net, x, y, epsilons=eps)[2].double().mean() < best/2
+    assert PGD(steps=10, step_rule='gce-script')(net, x, y, epsilons=eps)[2].double().mean() < best - 0.2
 
 
 def test_the_papers_rules_by_name():
@@ -304,6 +318,14 @@ def test_networks_that_work_in_place(name, as_foolbox):
     assert torch.equal(found[2], answers(wild, found[1]) != y)
     fooled(wild, x, Misclassification(y))
     assert torch.equal(x, kept)
+
+
+def test_robust_accuracy_leaves_the_images_alone():
+    net, x = network(), images()
+    y, kept, wild = answers(Affine(net, 0.5, 0.2), x), x.clone(), Affine(net, 0.5, 0.2, inplace=True)
+    for model in (wild, fb.PyTorchModel(wild, bounds=(0, 1), device='cpu')):
+        table = robust_accuracy(model, x, y, [PGD(steps=5)], 0.05)
+        assert torch.equal(x, kept) and table.loc['clean', 'alone'] == 1
 
 
 class Sneaky(nn.Module): # past the version counter
