@@ -21,7 +21,7 @@ from torch import nn
 
 from .attack_base import *
 from .audit_attacks import *
-from .core import InputError, choose
+from .core import InputError, check_count, choose
 from .gradient_attacks import *
 from .optimization_attacks import *
 from .perturbation import *

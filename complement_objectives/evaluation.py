@@ -21,7 +21,7 @@ from foolbox.criteria import Misclassification
 from torch import nn
 
 from .attack_base import PlainCall, as_foolbox
-from .core import InputError
+from .core import InputError, as_number
 from .detection import KernelDensity, create_detector
 from .gradient_attacks import BIM, FGSM, ILCM
 from .hygiene import broken, compare_checks, flags, hygiene, wrong
@@ -30,7 +30,7 @@ from .measures import (
     fit_density, mean_interval, mean_std, share_interval, worst_case, zero_gradient_share)
 from .models import forward_batches
 from .optimization_attacks import CarliniWagnerL2, CarliniWagnerWB, cw, cw_hc
-from .perturbation import as_number, check_images
+from .perturbation import check_images
 from .saliency_attacks import jsma
 
 # %% ../nbs/07b_evaluation.ipynb #fee9bc27

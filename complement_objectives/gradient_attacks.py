@@ -16,9 +16,9 @@ from foolbox.attacks.base import FixedEpsilonAttack
 from functools import partial
 
 from .attack_base import PlainCall, goal, note_still
-from .core import InputError, choose
+from .core import InputError, check_count, check_positive, choose
 from .losses import complement_entropy_loss
-from .perturbation import check_count, check_positive, faces, input_gradient, start_noise
+from .perturbation import faces, input_gradient, start_noise
 
 # %% ../nbs/06a_gradient_attacks.ipynb #a0003d4e
 def _wide(z): return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z

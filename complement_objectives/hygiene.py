@@ -20,12 +20,13 @@ import torch
 from foolbox.criteria import Misclassification
 from torch import nn
 
-from .attack_base import as_foolbox, limit, weight_type
+from .attack_base import as_foolbox, limit
 from .audit_attacks import FMN, L2FMN, Square, Transfer
-from .core import InputError, derive_seed
+from .core import (
+    InputError, as_number, check_count, check_positive, derive_seed, weight_type)
 from .gradient_attacks import PGD, as_loss
 from .measures import asking, check_pairs, correct, lost_gradients
-from .perturbation import as_number, check_count, check_images, check_positive, project, start_noise
+from .perturbation import check_images, project, start_noise
 
 # %% ../nbs/07a_hygiene.ipynb #b5aaf213
 def wrong(

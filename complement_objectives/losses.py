@@ -8,7 +8,7 @@ __all__ = ['complement_entropy', 'complement_entropy_loss', 'guided_complement_e
            'SmoothedCrossEntropyLoss']
 
 # %% ../nbs/01_losses.ipynb #4455f25d
-import math, warnings
+import importlib, math, sys, warnings
 from functools import partial
 
 # %% ../nbs/01_losses.ipynb #801cfbac
@@ -506,11 +506,17 @@ def smoothed_cross_entropy(
     return _loss(logits, target, partial(_smooth_plain, **c), partial(_smooth_closed, **c), 1., weight, ignore_index, reduction)
 
 # %% ../nbs/01_losses.ipynb #322abf8d
+def _teach_fastai():
+    "Where fastai is in use, its `lr_find` learns of losses below 0."
+    if 'fastai.callback.schedule' in sys.modules:
+        importlib.import_module('complement_objectives.learners')
+
 class _ComplementLoss(nn.Module):
     "What the losses share: class weights, reduction, and what fastai asks of a loss."
     y_int = True
     def __init__(self, weight:Tensor=None, ignore_index:int=-100, reduction:str='mean'):
         super().__init__()
+        _teach_fastai()
         _check_reduction(reduction)
         self.register_buffer('weight', weight)
         self.ignore_index,self.reduction = ignore_index,reduction

@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from .attack_base import CheckedModel, PlainModel, as_foolbox, under_attack
-from .core import InputError, choose
+from .core import InputError, check_count, choose
 from .detection import KernelDensity, auroc, log_odds, non_max_entropy
 from .gradient_attacks import as_loss
 from .intervals import Interval, mean_interval, separation_interval, share_interval
 from .models import forward_batches
-from .perturbation import check_count, check_labels, input_gradient
+from .perturbation import check_labels, input_gradient
 
 # %% ../nbs/07_measures.ipynb #d5853a67
 _all_ = ['Interval', 'mean_interval', 'share_interval']

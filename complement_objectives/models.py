@@ -20,7 +20,7 @@ from torchvision.models.densenet import DenseNet
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.vgg import cfgs, make_layers
 
-from .core import InputError, choose, evaluating
+from .core import InputError, choose, evaluating, weight_type
 
 # %% ../nbs/02_models.ipynb #23e5ca4a
 class PixelNorm(nn.Module):
@@ -343,9 +343,10 @@ def forward_batches(
     batch_size:int=1000 # images a forward pass
 )->tuple:               # hidden vectors (N, D) and logits (N, K), on the CPU
     "Hidden vectors and logits of a whole set; the network's modes are left as they were."
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters()), x.device)
+    how = dict(device=device, dtype=weight_type(model) or x.dtype, copy=True)
     with evaluating(model), torch.no_grad():
-        parts = [model.hidden_and_logits(b.to(device)) for b in x.split(batch_size)]
+        parts = [model.hidden_and_logits(b.to(**how)) for b in x.split(batch_size)]
     return tuple(torch.cat([p.cpu() for p in part]) for part in zip(*parts))
 
 # %% ../nbs/02_models.ipynb #136daac9

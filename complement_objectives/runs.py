@@ -8,7 +8,7 @@ __all__ = ['EXPOSURES', 'KNOW_DETECTOR', 'Exposure', 'given_radii', 'several', '
            'finish_run', 'run_parts']
 
 # %% ../nbs/10_runs.ipynb #890da6aa
-import json, math, time
+import json, time
 from dataclasses import asdict, dataclass
 from functools import partial
 from numbers import Real
@@ -95,8 +95,7 @@ class StudyConfig:
         attack_images = exposure.attack_images if attack_images is None else attack_images
         counts = {'objectives': len(objectives), 'attacks': len(attacks), 'eps': len(eps),
                   'seeds': seeds, 'epochs': epochs, 'attack images': attack_images}
-        for what, n in counts.items():
-            if check_count(n, f'the number of {what}', -math.inf) < 1: raise InputError(f'at least one of {what} is needed, got {n}')
+        for what, n in counts.items(): check_count(n, f'the number of {what}')
         return cls(dataset, objectives, float(alpha), attacks, eps, seeds, epochs, attack_images, recipe.batch_size, recipe.lr, recipe.model)
 
 # %% ../nbs/10_runs.ipynb #ea538327
@@ -228,8 +227,7 @@ def spread(
     n:int,     # how many are wanted, at least 1
 )->torch.Tensor: # (min(n, total),) ascending positions
     "The first of each of n equal stretches."
-    if check_count(n, 'the number of images', -math.inf) < 1: raise InputError(f'at least one image is needed, got {n}')
-    n = min(n, total)
+    n = min(check_count(n, 'the number of images'), total)
     return torch.arange(n) * total // n
 
 # %% ../nbs/10_runs.ipynb #c6a2ee4c

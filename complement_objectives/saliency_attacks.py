@@ -15,8 +15,8 @@ from foolbox.attacks.base import MinimizationAttack, raise_if_kwargs
 from torch import nn
 
 from .attack_base import PlainCall, goal, note_still, random_targets
-from .core import InputError
-from .perturbation import as_number, check_count, sample_keys
+from .core import InputError, as_number, check_count
+from .perturbation import sample_keys
 
 # %% ../nbs/06b_saliency_attacks.ipynb #8873dcc3
 def _product(logits, x, v, more=False): # vᵀ ∂logits/∂x, (N, F)
