@@ -236,13 +236,14 @@ def steps(self:NearestOf, total): # divided as before
     for a in shared: a.steps = max(1, a.steps*total//before)
     self.attacks = tuple(shared)
 
-# %% ../nbs/06b1_minimal_attacks.ipynb #ddda5ba7
+# %% ../nbs/06b1_minimal_attacks.ipynb #12ef79d6
 def ddn(steps:int=100, **kwargs)->DDN: # settings as in `DDN`
     "Decoupled direction and norm, L2."
     return DDN(steps=steps, **kwargs)
 
 def nearest_l2(
-    steps:int=200, # gradients of both together, at least 2
+    steps:int=300, # gradients of all together, at least 3
 )->NearestOf:      # an attack
-    "The nearest of DDN and L2FMN: the minimal-norm member of the audit."
-    return NearestOf(DDN(steps=steps//2), L2FMN(steps=steps - steps//2))
+    "The nearest of DDN, on cross-entropy and on the margin, and L2FMN: the minimal-norm member of the audit."
+    if check_count(steps, 'steps') < 3: raise InputError(f'steps is {steps}: it must be at least 3, one for each of the three attacks')
+    return NearestOf(DDN(steps=steps//3), DDN(steps=steps//3, loss='margin'), L2FMN(steps=steps - 2*(steps//3)))
