@@ -87,22 +87,25 @@ def between(self:MinimalAttack, model, x, start, criterion): # → (N, …) imag
         least, most = torch.where(won, least, middle), torch.where(won, middle, most)
     return self.part(x, start, most)
 
-# %% ../nbs/06b1_minimal_attacks.ipynb #34f51106
+# %% ../nbs/06b1_minimal_attacks.ipynb #4ec0decb
 class FMN(MinimalAttack):
     "Fast minimum norm attack, L∞: Pintor et al. (2021)."
-    distance, first = fb.distances.linf, 10.
-    valid = dict(max_stepsize=check_positive, min_stepsize=check_positive)
+    distance, first, reach = fb.distances.linf, None, 5.
+    valid = dict(max_stepsize=partial(check_positive, none=True), min_stepsize=partial(check_positive, none=True))
 
     def __init__(self, *,
         steps:int=100,             # gradients
-        max_stepsize:float=None,   # first step, in the L2 norm, pixels in [0, 1]; None: 10, and 1 for `L2FMN`
+        max_stepsize:float=None,   # first step, in the L2 norm, pixels in [0, 1]; None: for each image, see below; 1 for `L2FMN`
         min_stepsize:float=None,   # last step; None: a hundredth of the first
         gamma:float=0.05,          # by how much the radius changes at first; 0.001 at last
         binary_search_steps:int=10,# towards `starting_points`, where they are given
     ):
         self.steps, self.gamma, self.binary_search_steps = steps, gamma, binary_search_steps
-        self.max_stepsize = self.first if max_stepsize is None else max_stepsize
-        self.min_stepsize = self.max_stepsize/100 if min_stepsize is None else min_stepsize
+        self.max_stepsize, self.min_stepsize = self.first if max_stepsize is None else max_stepsize, min_stepsize
+
+    def steplengths(self, x, away): # first and last, (N,), if the boundary is so far
+        longest = (self.reach*away*x[0].numel()**0.5).clamp(0.1, 10) if self.max_stepsize is None else torch.full_like(away, self.max_stepsize)
+        return longest, longest/100 if self.min_stepsize is None else torch.full_like(away, self.min_stepsize)
 
     def within(self, delta, size): return torch.minimum(torch.maximum(delta, -_column(size, delta)), _column(size, delta))
     def part(self, x, start, share): return x + self.within(start - x, share)
@@ -113,7 +116,7 @@ class L2FMN(FMN):
     def within(self, delta, size): return delta*_column((size/_norm(delta).clamp_min(1e-30)).clamp(max=1), delta)
     def part(self, x, start, share): return torch.lerp(x, start, _column(share, x))
 
-# %% ../nbs/06b1_minimal_attacks.ipynb #2bf33d52
+# %% ../nbs/06b1_minimal_attacks.ipynb #f6fca53e
 def _fall(i, n): return (1 + math.cos(math.pi*i/max(n - 1, 1)))/2 # from 1 to 0 in n steps
 
 def _lead(criterion, confidence): # from logits to (N,), above 0 where the goal is reached with that lead
@@ -138,10 +141,12 @@ def search(self:FMN,
         gradient, value = input_gradient(model, now, classes, lead)
         won, total = value > 0, total + gradient.flatten(1).sum(1)
         far, ever, fall = found.note(now, won), ever | won, _fall(i, self.steps)
-        gamma, step = 0.001 + (self.gamma - 0.001)*fall, self.min_stepsize + (self.max_stepsize - self.min_stepsize)*fall
-        guess = torch.where(ever, 0., far + value.abs()/_norm(gradient, dual))
+        away = value.abs()/_norm(gradient, dual)
+        if i == 0: longest, least = self.steplengths(x, far + away)
+        gamma, step = 0.001 + (self.gamma - 0.001)*fall, least + (longest - least)*fall
+        guess = torch.where(ever, 0., far + away)
         size = torch.where(won, torch.minimum(size*(1 - gamma), found.least), torch.maximum(size*(1 + gamma), guess))
-        now = (x + self.within(now - x + step*_normal(gradient), size)).clamp(0, 1)
+        now = (x + self.within(now - x + _column(step, x)*_normal(gradient), size)).clamp(0, 1)
     check_gradients(model, total, found.best, classes, sign, lead)
     return found
 

@@ -298,7 +298,7 @@ def _warm(self, model, x, aim, bounds, stop, start): # the search from near the 
         start = _given(model, x, start)
         known = torch.where(aim.reached(model, start), (start - x).flatten(1).norm(dim=1), math.inf)
     else:
-        share = min(int(0.6*passes), 400)
+        share = min(max(int(0.6*passes), min(passes - 10, 90)), 400)
         kind = Misclassification if aim.sign > 0 else TargetedMisclassification
         found = nearest_l2(share).search(model, x, kind(aim.classes.to(x.device)), aim.confidence)
         start, known, passes = found.best, found.least, passes - share
@@ -312,7 +312,7 @@ def _warm(self, model, x, aim, bounds, stop, start): # the search from near the 
                        tolerance=self.tolerance, bounds=bounds, stop=stop, passes=passes)[0]
 
 def _found(self, model, x, aim, bounds, stop, start): # one phase
-    enough = self.binary_search_steps*self.steps >= 10 + LOOKS # for a start from elsewhere
+    enough = self.binary_search_steps*self.steps >= 14 + LOOKS # for a start from elsewhere
     if isinstance(start, torch.Tensor) or start == 'nearest' and enough: return self._warm(model, x, aim, bounds, stop, start)
     return self._search(x, partial(aim.penalty, model), bounds, stop)
 
