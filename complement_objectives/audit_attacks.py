@@ -20,10 +20,11 @@ from functools import partial
 from types import SimpleNamespace
 
 from .attack_base import PlainCall, as_foolbox, fooled, goal, note_still, prepared
-from .core import InputError, derive_seed
+from .core import InputError, check_count, derive_seed
 from .gradient_attacks import as_loss, check_finite, margin
 from .minimal_attacks import Checked, FMN, L2FMN, check_share, nearest_l2
-from .perturbation import check_count, faces, input_gradient, sample_keys, start_noise, uniform_noise
+from .perturbation import (
+    faces, input_gradient, sample_keys, start_noise, uniform_noise)
 
 _all_ = ['FMN', 'L2FMN']
 

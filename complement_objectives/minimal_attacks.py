@@ -16,9 +16,10 @@ from foolbox.attacks.base import MinimizationAttack, raise_if_kwargs
 from functools import partial
 
 from .attack_base import PlainCall, fooled, goal
-from .core import InputError
+from .core import (
+    InputError, as_number, check_count, check_positive)
 from .gradient_attacks import as_loss, check_gradients, margin
-from .perturbation import as_number, check_count, check_images, check_positive, input_gradient, start_noise
+from .perturbation import check_images, input_gradient, start_noise
 
 # %% ../nbs/06b1_minimal_attacks.ipynb #b9003f1f
 def check_share(

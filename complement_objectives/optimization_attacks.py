@@ -19,11 +19,13 @@ from foolbox.distances import l2
 from functools import partial
 from torch import nn
 
-from .attack_base import PlainCall, as_criterion, goal, prepared, random_targets, weight_type
-from .core import InputError
+from .attack_base import (
+    PlainCall, as_criterion, goal, prepared, random_targets)
+from .core import (
+    InputError, as_number, check_count, check_positive, weight_type)
 from .gradient_attacks import margin
 from .minimal_attacks import Checked, nearest_l2
-from .perturbation import as_number, check_count, check_images, check_positive, input_gradient, sample_keys
+from .perturbation import check_images, input_gradient, sample_keys
 
 # %% ../nbs/06c_optimization_attacks.ipynb #bce73861
 def to_tanh(
