@@ -92,7 +92,7 @@ def gradient(net, x, y, eps, rounds):
     rows = {'FGSM': (FGSM(), L.LinfFastGradientAttack(), of_ta('FGSM'), art and of_art(E.FastGradientMethod), 20),
             'BIM-10': (BIM(), L.LinfBasicIterativeAttack(steps=10, rel_stepsize=0.1), of_ta('BIM', alpha=eps/10, steps=10),
                        art and of_art(E.BasicIterativeMethod, eps_step=eps/10, max_iter=10, verbose=False), 8),
-            'PGD-40': (PGD(), L.LinfPGD(steps=40, rel_stepsize=1/30), of_ta('PGD', alpha=eps/30, steps=40),
+            'PGD-40': (PGD(step_rule='gce-script'), L.LinfPGD(steps=40, rel_stepsize=1/30), of_ta('PGD', alpha=eps/30, steps=40),
                        art and of_art(E.ProjectedGradientDescentPyTorch, eps_step=eps/30, max_iter=40, num_random_init=1, verbose=False), 3),
             'MIM-40': (MIM(), L.LinfMomentumIterativeFastGradientMethod(steps=40, rel_stepsize=1/40), of_ta('MIFGSM', alpha=eps/40, steps=40),
                        art and of_art(E.MomentumIterativeMethod, eps_step=eps/40, max_iter=40, verbose=False), 3)}

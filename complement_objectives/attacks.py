@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ATTACKS', 'SOURCES', 'fgsm', 'bim', 'pgd', 'mim', 'ilcm', 'make_attack', 'attack_settings', 'radii', 'settings_norm',
-           'attack', 'APGD', 'APGDTargeted', 'BIM', 'CarliniWagnerL2', 'CarliniWagnerWB', 'FGSM', 'FMN',
-           'GradientAttack', 'ILCM', 'JSMA', 'L2APGD', 'L2FMN', 'LOSSES', 'MIM', 'NearestRestarts', 'PGD', 'PlainCall',
-           'Restarts', 'STEP_RULES', 'Square', 'Transfer', 'WorstCase', 'as_loss', 'check_eps', 'check_images',
-           'check_labels', 'cot_sum', 'cross_entropy', 'dlr', 'faces', 'fooled', 'frozen', 'goal', 'input_gradient',
-           'least_likely', 'limit', 'linf_step', 'margin', 'median_nll', 'project', 'robust_accuracy', 'sample_keys',
-           'start_noise', 'under_attack', 'uniform_noise', 'worst_case', 'apgd_ce', 'apgd_dlr', 'apgd_t', 'cw', 'cw_hc',
-           'cw_wb', 'fmn', 'jsma', 'jsma_pairs', 'square']
+           'attack', 'APGD', 'apgd_ce', 'apgd_dlr', 'apgd_t', 'APGDTargeted', 'as_loss', 'AUDIT', 'AUDIT_L2', 'BIM',
+           'CarliniWagnerL2', 'CarliniWagnerWB', 'check_eps', 'check_images', 'check_labels', 'cot_sum',
+           'cross_entropy', 'cw', 'cw_hc', 'cw_wb', 'DDN', 'ddn', 'dlr', 'faces', 'FGSM', 'FMN', 'fmn', 'fooled',
+           'frozen', 'goal', 'GradientAttack', 'ILCM', 'input_gradient', 'JSMA', 'jsma', 'jsma_pairs', 'L2APGD',
+           'L2FMN', 'least_likely', 'limit', 'linf_step', 'LOSSES', 'margin', 'median_nll', 'MIM', 'nearest_l2',
+           'NearestOf', 'NearestRestarts', 'PGD', 'PlainCall', 'project', 'Restarts', 'robust_accuracy', 'sample_keys',
+           'Square', 'square', 'start_noise', 'STEP_RULES', 'Transfer', 'under_attack', 'uniform_noise', 'worst_case',
+           'WorstCase']
 
 # %% ../nbs/06e_attacks.ipynb #d45f643a
 import inspect
@@ -23,16 +24,23 @@ from .attack_base import *
 from .audit_attacks import *
 from .core import InputError, check_count, choose
 from .gradient_attacks import *
+from .minimal_attacks import *
 from .optimization_attacks import *
 from .perturbation import *
 from .saliency_attacks import *
 
 # %% ../nbs/06e_attacks.ipynb #ff60b0ff
-_all_ = ['APGD', 'APGDTargeted', 'BIM', 'CarliniWagnerL2', 'CarliniWagnerWB', 'FGSM', 'FMN', 'GradientAttack', 'ILCM', 'JSMA', 'L2APGD', 'L2FMN',
-         'LOSSES', 'MIM', 'NearestRestarts', 'PGD', 'PlainCall', 'Restarts', 'STEP_RULES', 'Square', 'Transfer', 'WorstCase', 'as_loss', 'check_eps', 'check_images', 'check_labels',
-         'cot_sum', 'cross_entropy', 'dlr', 'faces', 'fooled', 'frozen', 'goal', 'input_gradient', 'least_likely', 'limit', 'linf_step', 'margin',
-         'median_nll', 'project', 'robust_accuracy', 'sample_keys', 'start_noise', 'under_attack', 'uniform_noise', 'worst_case',
-         'apgd_ce', 'apgd_dlr', 'apgd_t', 'cw', 'cw_hc', 'cw_wb', 'fmn', 'jsma', 'jsma_pairs', 'square']
+_all_ = ['APGD', 'apgd_ce', 'apgd_dlr', 'apgd_t', 'APGDTargeted', 'as_loss', 'AUDIT',
+         'AUDIT_L2', 'BIM', 'CarliniWagnerL2', 'CarliniWagnerWB', 'check_eps',
+         'check_images', 'check_labels', 'cot_sum', 'cross_entropy', 'cw', 'cw_hc',
+         'cw_wb', 'DDN', 'ddn', 'dlr', 'faces', 'FGSM', 'FMN', 'fmn', 'fooled',
+         'frozen', 'goal', 'GradientAttack', 'ILCM', 'input_gradient', 'JSMA', 'jsma',
+         'jsma_pairs', 'L2APGD', 'L2FMN', 'least_likely', 'limit', 'linf_step',
+         'LOSSES', 'margin', 'median_nll', 'MIM', 'nearest_l2', 'NearestOf',
+         'NearestRestarts', 'PGD', 'PlainCall', 'project', 'Restarts',
+         'robust_accuracy', 'sample_keys', 'Square', 'square', 'start_noise',
+         'STEP_RULES', 'Transfer', 'under_attack', 'uniform_noise', 'worst_case',
+         'WorstCase']
 
 # %% ../nbs/06e_attacks.ipynb #7633ae84
 def fgsm(**settings)->FGSM: # settings: anything of `FGSM`
@@ -58,13 +66,19 @@ def ilcm(steps:int=10, **settings)->ILCM: # settings: anything of `ILCM`
     return ILCM(steps=steps, **settings)
 
 # %% ../nbs/06e_attacks.ipynb #77153d97
-ATTACKS = dict(fgsm=fgsm, bim=bim, pgd=pgd, mim=mim, ilcm=ilcm,                # in a ball
-               jsma=jsma, jsma_pairs=jsma_pairs, cw=cw, cw_hc=cw_hc, cw_wb=cw_wb, # as near as possible
-               apgd_ce=apgd_ce, apgd_dlr=apgd_dlr, apgd_t=apgd_t, square=square, fmn=fmn) # to audit
+ATTACKS = dict(
+    fgsm=fgsm, bim=bim, pgd=pgd, mim=mim, ilcm=ilcm, # in a ball
+    jsma=jsma, jsma_pairs=jsma_pairs, cw=cw, cw_hc=cw_hc, cw_wb=cw_wb, # as near as possible
+    ddn=ddn, nearest_l2=nearest_l2, fmn=fmn, # the same, to audit
+    apgd_ce=apgd_ce, apgd_dlr=apgd_dlr, apgd_t=apgd_t, square=square) # to audit
 
-SOURCES = dict(fgsm='GCE Eq 4', bim='GCE Eq 5', pgd='GCE §4', mim='GCE Eq 6, 7', ilcm='RCE §2.3', jsma='RCE §2.3, Fig 3', jsma_pairs='GCE §4, Table 3',
-               cw='GCE Eq 8–10, §5.2', cw_hc='RCE §4.3', cw_wb='RCE §4.4', apgd_ce='Croce & Hein 2020', apgd_dlr='Croce & Hein 2020',
-               apgd_t='Croce & Hein 2020', square='Andriushchenko et al. 2020', fmn='Pintor et al. 2021')
+SOURCES = dict(
+    fgsm='GCE Eq 4', bim='GCE Eq 5', pgd='GCE §4', mim='GCE Eq 6, 7', ilcm='RCE §2.3',
+    jsma='RCE §2.3, Fig 3', jsma_pairs='GCE §4, Table 3', cw='GCE Eq 8–10, §5.2',
+    cw_hc='RCE §4.3', cw_wb='RCE §4.4', ddn='Rony et al. 2019',
+    nearest_l2='DDN, DDN on the margin, L2FMN', fmn='Pintor et al. 2021',
+    apgd_ce='Croce & Hein 2020', apgd_dlr='Croce & Hein 2020',
+    apgd_t='Croce & Hein 2020', square='Andriushchenko et al. 2020')
 
 # %% ../nbs/06e_attacks.ipynb #7046bcab
 def _required(preset): # names of the arguments without a default
@@ -82,6 +96,11 @@ def make_attack(
     except TypeError as e: raise InputError(f"attack '{name}': {e}") from None
 
 # %% ../nbs/06e_attacks.ipynb #8bb881aa
+def _start(attack): # where it sets out; empty for one that knows no choice
+    random = getattr(attack, 'random_start', None)
+    if random is not None: return 'random' if random else 'the image'
+    return getattr(attack, 'start', '')
+
 def _norm(attack): return f'L{attack.distance.p:g}'.replace('Linf', 'L∞')
 
 def attack_settings()->pd.DataFrame: # one row an attack; empty where an attack has no such setting
@@ -92,7 +111,7 @@ def attack_settings()->pd.DataFrame: # one row an attack; empty where an attack 
         steps = getattr(a, 'steps', None) or getattr(a, 'n_queries', None)
         rows.append({'attack': name, 'norm': _norm(a), 'radius': 'eps' if isinstance(a, FixedEpsilonAttack) else 'smallest',
                      'steps': '' if steps is None else steps, 'step rule': getattr(a, 'step_rule', ''), 'step / eps': getattr(a, 'rel_stepsize', ''),
-                     'random start': getattr(a, 'random_start', ''), 'loss': getattr(a, 'loss', ''), 'source': SOURCES[name]})
+                     'start': _start(a), 'loss': getattr(a, 'loss', ''), 'source': SOURCES[name]})
     return pd.DataFrame(rows, dtype=object).set_index('attack')
 
 # %% ../nbs/06e_attacks.ipynb #60ce12c0

@@ -60,7 +60,7 @@ A study that was interrupted continues where it was when the same command is giv
 @click.option('--objectives', type=CommaList(), default='xe,cot,gce,rce', show_default=True, help='What to train: xe, cot, gce, rce.')
 @click.option('--alpha', type=Number(), default='1/3', show_default=True, help="Exponent of GCE's guiding factor, above 0.")
 @click.option('--attacks', type=CommaList(), default='fgsm,bim,pgd', show_default=True, help='What to attack with: fgsm, bim, pgd, mim, ilcm, apgd_ce, '
-              'apgd_dlr, apgd_t, square, fmn at each ε; jsma, jsma_pairs, cw, cw_hc, cw_wb at their own budgets.')
+              'apgd_dlr, apgd_t, square, fmn at each ε; jsma, jsma_pairs, ddn, nearest_l2, cw, cw_hc, cw_wb at their own budgets.')
 @click.option('--eps', type=CommaList(float, 'number'), help='L∞ sizes of the perturbation, from 0 to 1, the whole pixel range.  '
               '[default: 0.1,0.2,0.3; for cifar10 0.04,0.12,0.2]')
 @click.option('--seeds', type=int, default=2, show_default=True, help='How many networks to train for each objective.')

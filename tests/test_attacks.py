@@ -15,7 +15,7 @@ from complement_objectives.core import InputError
 
 INF = float('inf')
 # few steps, so that the tests are quick; `cw_wb` needs a density and has its own page
-SHORT = dict(cw=dict(steps=20, binary_search_steps=1, average_case=False), cw_hc=dict(steps=20, binary_search_steps=1, confidence=0.5, average_case=False),
+SHORT = dict(cw=dict(steps=20, binary_search_steps=1), cw_hc=dict(steps=20, binary_search_steps=1, confidence=0.5),
              square=dict(n_queries=60), apgd_ce=dict(steps=8), apgd_dlr=dict(steps=8), apgd_t=dict(steps=8, n_targets=2), fmn=dict(steps=15))
 NAMES = [name for name in ATTACKS if name != 'cw_wb']
 GRADIENT = ['fgsm', 'bim', 'pgd', 'mim', 'ilcm']
