@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.special import betainc, gammaln, stdtrit
+from scipy.special import bdtr, betaincinv, stdtrit
 
 from .core import InputError
 
@@ -26,6 +26,14 @@ class Interval(NamedTuple):
 def _check_level(level):
     if not 0 < level < 1: raise InputError(f'level is {level}: it must lie between 0 and 1')
 
+def _array(values): # (N,) array of booleans or numbers, whatever they come in
+    if isinstance(values, torch.Tensor):
+        values = (values.double() if values.is_floating_point() else values).detach().cpu().numpy()
+    elif isinstance(values, (list, tuple)): values = [v.item() if hasattr(v, 'item') else v for v in values]
+    values = np.asarray(values)
+    if values.ndim != 1: raise InputError(f'the values have shape {values.shape}: give one number an image')
+    return values
+
 # %% ../nbs/03b_intervals.ipynb #c5108439
 def _wilson(share, n, z): # n need not be whole
     middle, half = n*share + z*z/2, z*math.sqrt(n*share*(1 - share) + z*z/4)
@@ -35,14 +43,16 @@ def _wilson(share, n, z): # n need not be whole
 def _normal_quantile(level): return NormalDist().inv_cdf((1 + level)/2)
 
 def share_interval(
-    right,            # (N,) bool
+    right,            # (N,) bool; or how many, where `n` is given
     level:float=0.95, # of the interval
+    n:int=None,       # images, where `right` counts them
 )->Interval:          # within [0, 1]; three NaN for no images
     "Share of True with Wilson's interval."
     _check_level(level)
-    right = torch.as_tensor(right, dtype=torch.float64)
-    if not len(right): return Interval(*[math.nan]*3)
-    return _wilson(right.sum().item()/len(right), len(right), _normal_quantile(level))
+    if n is None: right, n = _array(right).sum(), len(right)
+    if not 0 <= right <= n: raise InputError(f'{right} of {n} images is no share: give booleans, or a count and n')
+    if not n: return Interval(*[math.nan]*3)
+    return _wilson(float(right/n), n, _normal_quantile(level))
 
 # %% ../nbs/03b_intervals.ipynb #f7eb7bd8
 def _studentised(v, n_boot, seed): # t* of the resamples whose numbers are not all the same
@@ -62,7 +72,7 @@ def mean_interval(
     "Mean with the wider of Student's interval and that of the studentised bootstrap, at either end."
     _check_level(level)
     if n_boot < 1: raise InputError(f'n_boot is {n_boot}: take at least one resample')
-    v = torch.as_tensor(values, dtype=torch.float64).cpu()
+    v = torch.from_numpy(_array(values).astype(float))
     if len(v) < 2: return Interval(v.mean().item(), math.nan, math.nan)
     mean, error, t = v.mean().item(), (v.std()/math.sqrt(len(v))).item(), float(stdtrit(len(v) - 1, (1 + level)/2))
     drawn = _studentised(v, n_boot, seed)
@@ -72,9 +82,8 @@ def mean_interval(
 
 # %% ../nbs/03b_intervals.ipynb #c512a683
 def _scores(values): # float64 array; NaN has no rank
-    s = np.array([v.item() if hasattr(v, 'item') else v for v in values], float) if isinstance(values, (list, tuple)) else values
-    s = s.detach().cpu().double().numpy() if isinstance(s, torch.Tensor) else np.asarray(s, dtype=float)
-    if s.ndim != 1 or np.isnan(s).any(): raise InputError(f'scores have shape {s.shape} and {np.isnan(s).sum()} NaN: give one number an image')
+    s = _array(values).astype(float)
+    if np.isnan(s).any(): raise InputError(f'{np.isnan(s).sum()} of {len(s)} scores are NaN: they have no rank')
     return s
 
 def _beaten(a, b): # (N,) twice the number of scores in `b` below each in `a`, ties once
@@ -113,31 +122,21 @@ def separation_interval(
     return _wilson(auc, float(size), float(stdtrit(df, (1 + level)/2)))
 
 # %% ../nbs/03b_intervals.ipynb #e3dd5158
-def _binomial(n, alpha): # the places K that are not next to impossible, and their probabilities
-    k = np.arange(n + 1)
-    log = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1) + k*math.log(alpha) + (n - k)*math.log1p(-alpha)
-    kept = log > math.log(1e-9)
-    weights = np.exp(log[kept])
-    return k[kept], weights/weights.sum()
+def _place(n, alpha, tail): # the place k of n below the threshold, but for a chance of half the tail at most; and that chance
+    up_to = bdtr(np.arange(n + 1), n, alpha)
+    k = int(np.searchsorted(up_to, tail/2))
+    return k, up_to[k - 1] if k else 0.
 
-def _crossing(rises, goal): # where a function that rises over [0, 1] crosses the goal: just below, just above
-    low, high = 0., 1.
-    for _ in range(40):
-        middle = (low + high)/2
-        if rises(middle) <= goal: low = middle
-        else: high = middle
-    return low, high
+def _share_low(k, n, tail): return float(betaincinv(k, n - k + 1, tail)) if k else 0. # Clopper & Pearson
 
 def _rate_ends(ordered, counted, alpha, level): # of the share of `counted` below the α-quantile of `ordered`
-    n, m = len(ordered), len(counted)
-    k, weights = _binomial(n, alpha)
-    ordered = np.concatenate([[-math.inf], np.sort(ordered), [math.inf]])
-    counted = np.sort(counted)
-    least, most = np.searchsorted(counted, ordered[k], 'left'), np.searchsorted(counted, ordered[k + 1], 'right')
-    least, most = np.where(k > 0, least, 0), np.where(k < n, most, m)
-    def lower(p): return (weights*np.where(least > 0, betainc(np.maximum(least, 1), m - least + 1, p), 1.)).sum()
-    def upper(p): return (weights*np.where(most < m, betainc(most + 1, np.maximum(m - most, 1), p), 0.)).sum()
-    return _crossing(lower, (1 - level)/2)[0], _crossing(upper, (1 + level)/2)[1]
+    n, m, tail = len(ordered), len(counted), (1 - level)/2
+    below = np.r_[0, np.searchsorted(np.sort(counted), np.sort(ordered)), m] # of the counted, for every place
+    (k, missed), (above, over) = _place(n, alpha, tail), _place(n, 1 - alpha, tail)
+    low = _share_low(below[k], m, tail - missed)
+    high = 1 - _share_low(m - below[n + 1 - above], m, tail - over)
+    value = float(below[int((alpha + 1e-12)*n) + 1]/m) # outside only where the level is low
+    return min(low, value), max(high, value)
 
 # %% ../nbs/03b_intervals.ipynb #4ac80491
 def _rate_scores(normal, adversarial, rate, name, level): # checked
@@ -172,4 +171,4 @@ def normals_needed(
     level:float=0.95, # of the interval
 )->int:               # with fewer scores the interval reaches to the end of the range
     "How many normal scores show that the threshold is not below all of them."
-    return math.ceil(math.log((1 - level)/2)/math.log1p(-rate))
+    return math.ceil(math.log((1 - level)/4)/math.log1p(-rate))

@@ -15,14 +15,14 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
 from .checkpoints import _format, load_classifier, load_tensors, save_classifier, save_tensors
 from .core import InputError, _plain, load_json, save_json, software_versions
 from .detection import (
-    DETECTORS, Detector, KernelDensity, _as_scores, _tensor, auroc, create_detector, usable)
+    DETECTORS, Detector, KernelDensity, _as_scores, _tensor, create_detector, usable)
+from .intervals import fpr_interval, separation_interval, tpr_interval
 from .models import ReverseLogits, create_model, forward_batches
 
 # %% ../nbs/05a_reject.ipynb #d86df603
@@ -121,9 +121,8 @@ def _ranked(normal, adversarial): # how many distinct scores there are, and the 
     values, place = torch.cat([normal, adversarial]).unique(return_inverse=True)
     return len(values), place[:len(normal)], place[len(normal):]
 
-def _below(places, size): # (B, N) places → (B, size + 1) share below each threshold, from none to all
-    counts = torch.zeros(len(places), size + 1, dtype=torch.float64)
-    return counts.scatter_add_(1, places + 1, torch.ones_like(places, dtype=torch.float64)).cumsum_(1).div_(places.shape[1])
+def _below(places, size): # (N,) places → (size + 1,) share below each threshold, from none to all
+    return torch.bincount(places + 1, minlength=size + 1).cumsum(0).double()/len(places)
 
 # %% ../nbs/05a_reject.ipynb #9892943b
 def rejection_curve(
@@ -132,14 +131,7 @@ def rejection_curve(
 )->tuple:        # FPR and TPR at rising thresholds, float64 tensors from 0 to 1
     "Share of normal and of adversarial inputs rejected, at every threshold that makes a difference."
     size, *places = _ranked(normal, adversarial)
-    return tuple(_below(p[None], size)[0] for p in places)
-
-# %% ../nbs/05a_reject.ipynb #796fca0d
-def _tpr_at(below_normal, below_adversarial, fpr): # (B, U), (B, U) → (B,)
-    return below_adversarial.masked_fill(below_normal > fpr + 1e-12, 0.).amax(1)
-
-def _fpr_at(below_normal, below_adversarial, tpr): # (B, U), (B, U) → (B,)
-    return below_normal.masked_fill(below_adversarial < tpr - 1e-12, 1.).amin(1)
+    return tuple(_below(p, size) for p in places)
 
 # %% ../nbs/05a_reject.ipynb #94635599
 def tpr_at_fpr(
@@ -148,7 +140,8 @@ def tpr_at_fpr(
     fpr:float=0.05, # share of normal inputs that may be rejected
 )->float:           # in [0, 1]
     "Largest share of adversarial inputs rejected by a threshold that rejects at most `fpr` of the normal ones."
-    return _tpr_at(*(c[None] for c in rejection_curve(normal, adversarial)), fpr).item()
+    below_normal, below_adversarial = rejection_curve(normal, adversarial)
+    return below_adversarial.masked_fill(below_normal > fpr + 1e-12, 0.).max().item()
 
 def fpr_at_tpr(
     normal,         # (N,) scores of normal inputs, higher = more normal
@@ -156,79 +149,27 @@ def fpr_at_tpr(
     tpr:float=0.95, # share of adversarial inputs that must be rejected
 )->float:           # in [0, 1]
     "Smallest share of normal inputs rejected by a threshold that rejects at least `tpr` of the adversarial ones."
-    return _fpr_at(*(c[None] for c in rejection_curve(normal, adversarial)), tpr).item()
-
-# %% ../nbs/05a_reject.ipynb #be7f09f3
-def _ranks_about(n, p, side): # (l, missed), (u, missed): ranks about the p-quantile of n, 0 and n + 1 for none, with the probability that it lies beyond
-    l, u = int(stats.binom.ppf(side/2, n, p)), int(stats.binom.ppf(1 - side/2, n, p)) + 1
-    return (l, stats.binom.cdf(l - 1, n, p)), (u, stats.binom.sf(u - 1, n, p))
-
-def _share_low(k, n, tail): return stats.beta.ppf(tail, k, n - k + 1) if k else 0. # Clopper–Pearson
-def _share_high(k, n, tail): return 1 - _share_low(n - k, n, tail)
-
-def _rate_interval(cut, counted, p, level, ties): # of the share of `counted` below the p-quantile of `cut`; `ties`: at it, too
-    cut, n, side = cut.sort().values, len(counted), (1 - level)/2
-    (l, missed_low), (u, missed_high) = _ranks_about(len(cut), p, side)
-    def below(rank): return (counted <= cut[rank - 1] if ties else counted < cut[rank - 1]).sum().item()
-    low = _share_low(below(l), n, side - missed_low) if l else 0.
-    return low, _share_high(below(u), n, side - missed_high) if u <= len(cut) else 1.
-
-# %% ../nbs/05a_reject.ipynb #54c9c49e
-def _resamples(sizes, n_boot, rows, paired, seed): # yields (≤ rows, N) and (≤ rows, M) positions, n_boot rows in all
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(2)]
-    for i in range(0, n_boot, rows):
-        drawn = [torch.randint(n, (min(rows, n_boot - i), n), generator=g) for n, g in zip(sizes, generators)]
-        yield (drawn[0], drawn[0]) if paired else drawn
-
-def _expanded(level, n): # the level that percentiles of n resampled values need to hold `level`; → `level` as n grows
-    return 2*stats.norm.cdf(stats.t.ppf(0.5 + level/2, n - 1)*math.sqrt(n/(n - 1))) - 1 if n > 1 else 1.
-
-def _bootstrap(size, p, q, level, n_boot, paired, seed, max_memory): # low, high
-    rows = max(1, max_memory // (16*(len(p) + len(q)) + 32*(size + 1)))
-    draws = [torch.trapezoid(_below(q[j], size), _below(p[i], size)) for i, j in _resamples((len(p), len(q)), n_boot, rows, paired, seed)]
-    side = _expanded(level, min(len(p), len(q)))/2
-    return torch.cat(draws).quantile(torch.tensor([0.5 - side, 0.5 + side], dtype=torch.float64)).tolist()
-
-# %% ../nbs/05a_reject.ipynb #04999833
-def _pairing(size, p, q): # variance of the AUC of pairs over that of independent scores (DeLong); nearer to 1 where the pairs are few
-    below = [_below(v[None], size)[0] for v in (p, q)]
-    ours, theirs = [(b[v] + b[v + 1])/2 for b, v in ((below[1], p), (below[0], q))] # share of the other kind below each score
-    apart, together = ours.var() + theirs.var(), (ours - theirs).var()
-    return (len(p)*(together/apart).item() + 30)/(len(p) + 30) if len(p) > 1 and apart > 0 else 1.
-
-def _hanley_mcneil(auc, n, m): # variance of a measured AUC
-    return auc*(1 - auc)/(n*m)*(1 + ((n + m)/2 - 1)*((1 - auc)/(2 - auc) + auc/(1 + auc)))
-
-def _newcombe(auc, n, m, level, factor=1.): # low, high
-    if min(n, m) < 2: return 0., 1.
-    width = stats.t.ppf(0.5 + level/2, min(n, m) - 1)
-    def fits(theta): return (theta - auc)**2 <= width**2*factor*_hanley_mcneil(theta, n, m)
-    def end(outer, inner): # bisection between a value that does not fit and one that does
-        for _ in range(60): outer, inner = (outer, middle) if fits(middle := (outer + inner)/2) else (middle, inner)
-        return outer
-    return 0. if auc == 0 else end(0., auc), 1. if auc == 1 else end(1., auc)
+    below_normal, below_adversarial = rejection_curve(normal, adversarial)
+    return below_normal.masked_fill(below_adversarial < tpr - 1e-12, 1.).min().item()
 
 # %% ../nbs/05a_reject.ipynb #00d72ab0
 def detection_metrics(
-    normal,               # (N,) scores of normal inputs, higher = more normal; ±inf is a score as any other
-    adversarial,          # (M,) scores of adversarial inputs
-    n_boot:int=1000,      # resamples, for the AUC
-    level:float=0.95,     # of the intervals
-    paired:bool=False,    # is the i-th adversarial input made from the i-th normal one?
-    seed:int=0,           # of the resamples
-    max_memory:int=2**26, # bytes for the resamples that are computed at once; the result does not depend on it
-)->pd.DataFrame:          # rows AUC, TPR at 1 % and at 5 % FPR, FPR at 95 % TPR; columns `value`, `low`, `high`
-    "How well a score separates normal from adversarial inputs, with intervals; an end at 0 or 1 may mean too few scores."
-    if not 0 < level < 1: raise InputError(f'level is {level}: it must lie between 0 and 1')
-    size, p, q = _ranked(normal, adversarial)
-    if paired and len(p) != len(q): raise InputError(f'{len(p)} normal and {len(q)} adversarial scores are no pairs')
-    auc, below = auroc(p, q), [_below(v[None], size) for v in (p, q)]
-    drawn = _bootstrap(size, p, q, level, n_boot, paired, seed, max_memory) if n_boot else [auc, auc]
-    fitting = _newcombe(auc, len(p), len(q), level, _pairing(size, p, q) if paired else 1.)
-    rows = {'AUC': (auc, min(drawn[0], fitting[0]), max(drawn[1], fitting[1]))}
+    normal,            # (N,) scores of normal inputs, higher = more normal; ±inf is a score as any other
+    adversarial,       # (M,) scores of adversarial inputs
+    level:float=0.95,  # of the intervals
+    paired:bool=False, # is the i-th adversarial input made from the i-th normal one?
+)->pd.DataFrame:       # rows AUC, TPR at 1 % and at 5 % FPR, FPR at 95 % TPR; columns `value`, `low`, `high`
+    """How well a score separates normal from adversarial inputs, with intervals.
+
+    Too few scores leave an end open: `low` of a TPR is 0 where N < `normals_needed(fpr, level)`,
+    437 for 1 % and 86 for 5 % at a level of 95 %; `high` of the FPR is 1 where
+    M < `normals_needed(0.05, level)`."""
+    x, y = _as_scores(normal), _as_scores(adversarial)
+    rows = {'AUC': separation_interval(x, y, level, paired)}
     for fpr in (0.01, 0.05):
-        rows[f'TPR at {100*fpr:g} % FPR'] = (_tpr_at(*below, fpr).item(), *_rate_interval(p, q, fpr, level, ties=False))
-    rows['FPR at 95 % TPR'] = (_fpr_at(*below, 0.95).item(), *_rate_interval(q, p, 0.95, level, ties=True))
+        ends = tpr_interval(x, y, fpr, level)
+        rows[f'TPR at {100*fpr:g} % FPR'] = (tpr_at_fpr(x, y, fpr), *ends)
+    rows['FPR at 95 % TPR'] = (fpr_at_tpr(x, y), *fpr_interval(x, y, 0.95, level))
     return pd.DataFrame(rows, index=['value', 'low', 'high']).T
 
 # %% ../nbs/05a_reject.ipynb #21195007

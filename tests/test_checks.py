@@ -103,10 +103,56 @@ def test_rate_interval_holds_its_level(n, fpr):
         assert held(ends, truth) > 0.9
 
 
+@pytest.mark.parametrize('n', [10, 30, 100])
+@pytest.mark.parametrize('values', [2, 3, 8])
+def test_rate_interval_with_ties(n, values):
+    rng, p = np.random.default_rng(n), np.arange(1., values + 1)
+    p, q = p/p.sum(), p[::-1]/p.sum()
+    below, up_to = np.cumsum(q) - q, np.cumsum(p)
+    for rate in (0.05, 0.28, p[0] - 0.003, p[0] + 0.003): # at a step from one value to the next, too
+        tpr, fpr = below[np.cumsum(p) - p <= rate].max(), up_to[np.cumsum(q) >= 1 - rate].min()
+        pairs = [(rng.choice(values, n, p=p), rng.choice(values, n, p=q)) for _ in range(100)]
+        assert held([np.add(tpr_interval(*s, rate), (-1e-12, 1e-12)) for s in pairs], tpr) > 0.9
+        assert held([np.add(fpr_interval(*s, 1 - rate), (-1e-12, 1e-12)) for s in pairs], fpr) > 0.9
+
+
+@pytest.mark.parametrize('n', [10, 30, 100, 400])
+@pytest.mark.parametrize('sign', [-1, 1])
+def test_rate_interval_of_pairs(n, sign):
+    rng = np.random.default_rng(n)
+    for rate, gap in ((0.3, 0.5), (0.05, 2.5)):
+        pairs = [(x + gap, sign*x) for x in rng.normal(size=(150, n))]
+        assert held([tpr_interval(*s, rate) for s in pairs], norm.cdf(norm.ppf(rate) + gap)) > 0.93
+        assert held([fpr_interval(*s, 1 - rate) for s in pairs], norm.cdf(norm.ppf(1 - rate) - gap)) > 0.93
+
+
+@pytest.mark.parametrize('level', [0.01, 0.4, 0.95])
+@pytest.mark.parametrize('paired', [False, True])
+def test_intervals_hold_the_value_whatever_the_ties(level, paired):
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        n, m = rng.integers(1, 25, 2)
+        x, y = rng.integers(0, 5, n).astype(float), rng.integers(-1, 4, n if paired else m).astype(float)
+        x[x == 4], y[y == -1] = math.inf, -math.inf
+        rate, cuts = rng.choice([0.01, 0.05, 0.25, 0.5, 0.95]), [*x, *y, math.inf]
+        tpr = max((y < t).mean() for t in cuts if (x < t).mean() <= rate + 1e-12)
+        fpr = min([(x < t).mean() for t in cuts if (y < t).mean() >= rate - 1e-12] + [1.])
+        ends = tpr_interval(x, y, rate, level), fpr_interval(x, y, rate, level)
+        for (low, high), value in zip(ends, (tpr, fpr)): assert 0 <= low <= value + 1e-12 and value - 1e-12 <= high <= 1
+        found = separation_interval(x, y, level, paired)
+        assert found.low <= found.value <= found.high
+
+
+def test_rate_interval_below_a_tie():
+    saturated = [0.]*50 + [1.]*950 # nearly every score is the highest possible
+    assert fpr_interval(saturated, saturated)[0] > 0.95 # all of them lie at the threshold or below it
+    assert tpr_interval([1.]*1000, saturated)[1] < 0.1  # and few below
+
+
 def test_rate_interval_knows_when_it_cannot_know():
     for fpr in (0.01, 0.05, 0.3):
         n = normals_needed(fpr)
-        assert (1 - fpr)**n <= 0.025 < (1 - fpr)**(n - 1)
+        assert (1 - fpr)**n <= 0.0125 < (1 - fpr)**(n - 1)
         assert tpr_interval(np.arange(n - 1) + 1e6, np.arange(n - 1), fpr)[0] == 0
         assert tpr_interval(np.arange(n) + 1e6, np.arange(n), fpr)[0] > 0
 
@@ -122,9 +168,18 @@ def test_mean_interval_holds_its_level(n, name, truth):
 @pytest.mark.parametrize('make', [
     lambda: auc_interval([math.nan, 1.], [0., 1.]), lambda: auc_interval([1.], [0., 1.]), lambda: auc_interval([1.], [0.], level=95),
     lambda: tpr_interval([], [1.]), lambda: tpr_interval([1.], [0.], fpr=1.), lambda: mean_interval([1., 2.], n_boot=0),
-    lambda: share_interval([True], level=0)])
+    lambda: share_interval([True], level=0), lambda: share_interval(3, n=2), lambda: share_interval([[True]]), lambda: mean_interval([[1., 2.]])])
 def test_intervals_refuse(make):
     with pytest.raises(InputError): make()
+
+
+def test_share_and_mean_take_whatever_holds_numbers():
+    right = np.array([True, False, True, True])
+    for values in (right, right.tolist(), torch.from_numpy(right), pd.Series(right, index=[7, 5, 9, 2]), list(torch.from_numpy(right))):
+        assert share_interval(values) == share_interval(3, n=4) and mean_interval(values) == mean_interval([1., 0., 1., 1.])
+    assert mean_interval(torch.tensor([1., 2.], dtype=torch.bfloat16, requires_grad=True)).value == 1.5
+    assert share_interval(10**9, n=10**9).low == pytest.approx(1 - norm.ppf(0.975)**2/10**9, abs=1e-12)
+    assert math.isnan(share_interval(0, n=0).value)
 
 
 def test_auc_interval_takes_tensors_lists_and_one_pair():

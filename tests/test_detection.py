@@ -181,7 +181,7 @@ def test_auc_ranks_infinities(seed):
     assert auroc(a, b) == pytest.approx(pairs, abs=1e-12)
     fpr, tpr = roc(a, b)
     assert np.trapezoid(tpr, fpr) == pytest.approx(pairs, abs=1e-12)
-    assert detection_metrics(a, b, n_boot=10).loc['AUC', 'value'] == pytest.approx(pairs, abs=1e-12)
+    assert detection_metrics(a, b).loc['AUC', 'value'] == pytest.approx(pairs, abs=1e-12)
     assert risk_coverage(a, a > 0)['coverage'].iloc[-1] == 1
     finite = np.nan_to_num(a, posinf=99, neginf=-99), np.nan_to_num(b, posinf=99, neginf=-99)
     assert auroc(a, b) == pytest.approx(roc_auc_score([1]*60 + [0]*40, np.r_[finite]), abs=1e-12)
@@ -192,7 +192,7 @@ def test_nan_scores_are_refused(f):
 
 @pytest.mark.parametrize('n', [3, 10, 49, 97, 300])
 def test_auc_of_separated_scores_is_exactly_one(n):
-    row = detection_metrics(np.arange(n) + 1000, np.arange(n), n_boot=20).loc['AUC']
+    row = detection_metrics(np.arange(n) + 1000, np.arange(n)).loc['AUC']
     assert row['value'] == row['high'] == 1 and row['low'] < 1
     assert auroc(np.arange(n) + 1000, np.arange(n)) == 1 and auroc(np.arange(n), np.arange(n) + 1000) == 0
 
@@ -202,7 +202,7 @@ def two_bells(rng, n, m, apart, pairs):
     shared = rng.normal(size=n)*pairs**0.5 if pairs else 0.
     return apart + shared + (1 - pairs)**0.5*rng.normal(size=n), shared + (1 - pairs)**0.5*rng.normal(size=m)
 
-@pytest.mark.parametrize('n, m, pairs', [(10, 10, 0), (30, 30, 0), (30, 30, 0.6), (100, 10, 0), (100, 100, 0), (300, 300, 0.6)])
+@pytest.mark.parametrize('n, m, pairs', [(10, 10, 0), (10, 10, 0.6), (30, 30, 0), (30, 30, 0.6), (100, 10, 0), (100, 100, 0), (300, 300, 0.6)])
 @pytest.mark.parametrize('apart', [0.5, 2.5])
 def test_intervals_hold_their_level(n, m, pairs, apart):
     rng, bell, trials = np.random.default_rng(n + m), stats.norm, 100
@@ -210,26 +210,42 @@ def test_intervals_hold_their_level(n, m, pairs, apart):
             'FPR at 95 % TPR': bell.cdf(bell.ppf(0.95) - apart)}
     held, wide = dict.fromkeys(true, 0), dict.fromkeys(true, 0)
     for _ in range(trials):
-        found = detection_metrics(*two_bells(rng, n, m, apart, pairs), n_boot=50, paired=bool(pairs))
+        found = detection_metrics(*two_bells(rng, n, m, apart, pairs), paired=bool(pairs))
         assert (found['low'] <= found['value']).all() and (found['value'] <= found['high']).all()
         for name, value in true.items():
             held[name] += found.loc[name, 'low'] <= value <= found.loc[name, 'high']
             wide[name] += found.loc[name, 'high'] - found.loc[name, 'low']
     assert all(stats.binom.sf(trials - h - 1, trials, 0.05) > 1e-3 for h in held.values()), held # no evidence against 95 %
-    del wide['TPR at 1 % FPR'] # which needs 436 scores for a lower end
+    del wide['TPR at 1 % FPR'] # which needs 437 scores for a lower end
     assert n < 300 or max(wide.values())/trials < 0.35 # and they say something
 
 @pytest.mark.parametrize('values', [3, 8])
-def test_intervals_hold_their_level_with_ties(values):
+@pytest.mark.parametrize('n', [10, 60])
+def test_intervals_hold_their_level_with_ties(values, n):
     rng, trials = np.random.default_rng(0), 100
     p, q = np.arange(1, values + 1)/np.arange(1, values + 1).sum(), np.ones(values)/values
     below, at = np.cumsum(p) - p, np.cumsum(q)
-    true = {'TPR at 5 % FPR': (np.cumsum(q) - q)[below <= 0.05].max(), 'FPR at 95 % TPR': np.cumsum(p)[at >= 0.95].min()}
+    true = {'TPR at 5 % FPR': (np.cumsum(q) - q)[below <= 0.05].max(), 'FPR at 95 % TPR': np.cumsum(p)[at >= 0.95].min(),
+        'AUC': (p*(np.cumsum(q) - q/2)).sum()}
     held = dict.fromkeys(true, 0)
     for _ in range(trials):
-        found = detection_metrics(rng.choice(values, 60, p=p), rng.choice(values, 60, p=q), n_boot=0)
+        found = detection_metrics(rng.choice(values, n, p=p), rng.choice(values, n, p=q))
         for name, value in true.items(): held[name] += found.loc[name, 'low'] <= value + 1e-12 and value <= found.loc[name, 'high'] + 1e-12
     assert min(held.values()) >= 0.9*trials
+
+@pytest.mark.parametrize('n', [10, 85, 86, 436, 437])
+def test_intervals_say_where_the_scores_are_too_few(n):
+    found = detection_metrics(np.arange(n) + 1000, np.arange(n), paired=n % 2 == 0) # separated perfectly
+    assert (found.loc['TPR at 1 % FPR', 'low'] == 0) == (0.99**n > 0.0125)
+    assert (found.loc['TPR at 5 % FPR', 'low'] == 0) == (0.95**n > 0.0125) == (found.loc['FPR at 95 % TPR', 'high'] == 1)
+
+def test_metrics_take_scores_of_any_type_and_shape():
+    a, b = normal(30) + 1, normal(30, seed=1)
+    found = detection_metrics(a, b)
+    for x, y in ((a[:, None], b[:, None]), (a.tolist(), b.numpy()), (a.double().view(5, 6), list(b))):
+        assert detection_metrics(x, y).values.tolist() == found.values.tolist()
+    assert found['value'].tolist() == detection_metrics(a.flip(0), b.flip(0), level=0.8)['value'].tolist()
+    with pytest.raises(InputError, match='level is 95'): detection_metrics(a, b, level=95)
 
 # ---- NaN, infinities, types -----------------------------------------------------------------------------------------
 
