@@ -6,7 +6,7 @@
 __all__ = ['MADRY', 'maximise', 'random_start', 'inner_cross_entropy', 'kl_divergence', 'AdversarialTraining']
 
 # %% ../nbs/04b_adversarial.ipynb #43082301
-import math
+import numpy as np
 import torch
 import torch.nn.functional as F
 from contextlib import nullcontext
@@ -17,7 +17,8 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
-from .core import InputError, choose, evaluating
+from .core import (
+    InputError, check_count, check_positive, choose, evaluating)
 from .learners import as_predicted, conceals
 from .perturbation import check_eps, input_gradient, linf_step, start_noise
 
@@ -62,9 +63,15 @@ def kl_divergence(
     return F.kl_div(log_q, log_p, reduction='none', log_target=True).sum(-1)
 
 # %% ../nbs/04b_adversarial.ipynb #f66a5933
+def _bound(b): # a number, or one a channel, in double precision; None where it is neither
+    numbers = np.asarray(b.detach().cpu().double() if torch.is_tensor(b) else b)
+    return torch.from_numpy(numbers.astype(float)).flatten() if numbers.dtype.kind in 'iuf' else None
+
 def _check_bounds(bounds): # two numbers, or two rows of numbers
-    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2: raise InputError(f'bounds are {bounds!r}: give the smallest and the largest value of a pixel, as numbers or one a channel')
-    low, high = (torch.as_tensor(b, dtype=torch.double) for b in bounds)
+    pair = isinstance(bounds, (tuple, list, np.ndarray, torch.Tensor)) and getattr(bounds, 'ndim', 1) and len(bounds) == 2
+    low, high = map(_bound, bounds) if pair else (None, None)
+    if low is None or high is None: raise InputError(f'bounds are {bounds!r}: give the smallest and the largest value of a pixel, as numbers or one a channel')
+    if len(low) != len(high) and 1 not in (len(low), len(high)): raise InputError(f'bounds are for {len(low)} and for {len(high)} channels: give as many of both')
     if not (torch.isfinite(high - low) & (low < high)).all(): raise InputError(f'bounds are {bounds}: the first must be below the second')
     return low, high
 
@@ -78,7 +85,10 @@ def _pixel_range(learn): # of images that are in [0, 1] before the loader's norm
 def _same(images): return images
 
 def _per_channel(bound, x): # shaped so as to meet the images `x`
-    return bound.to(x).reshape(1, -1, *[1]*(x.ndim - 2)) if bound.numel() > 1 else bound.to(x).reshape(())
+    n = bound.numel()
+    if n == 1: return bound.to(x).reshape(())
+    if x.ndim < 2 or x.shape[1] != n: raise InputError(f'bounds are for {n} channels: images of shape {tuple(x.shape)} have {x.shape[1] if x.ndim > 1 else 0}')
+    return bound.to(x).reshape(1, n, *[1]*(x.ndim - 2))
 
 # %% ../nbs/04b_adversarial.ipynb #d20af956
 class AdversarialTraining(Callback):
@@ -95,9 +105,8 @@ class AdversarialTraining(Callback):
         trades:float=None, # β of TRADES; None for training on the adversarial images alone
         bounds=None,       # smallest and largest value of a pixel, numbers or one a channel; None: from a fastai `Normalize` in the loader, else (0, 1)
     ):
-        if not steps >= 1: raise InputError(f'steps is {steps}: the inner loop needs at least 1')
-        if step is not None and not 0 < step < math.inf: raise InputError(f'step is {step}: its length must be above 0')
-        if trades is not None and not 0 <= trades < math.inf: raise InputError(f'trades is {trades}: the weight must be at least 0')
+        steps, step = check_count(steps, 'steps'), check_positive(step, 'step', none=True)
+        trades = check_positive(trades, 'trades', zero=True, none=True)
         if trades is not None and not random: raise InputError('TRADES needs a random start: at the image itself its inner loss has no gradient')
         if inner_loss is not None and not callable(inner_loss): raise InputError(f'inner_loss is {inner_loss!r}: give a function of prediction and classes')
         self.eps, self.steps, self.random, self.mode = check_eps(eps), steps, random, choose(mode, _modes, 'mode')

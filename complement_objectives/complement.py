@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 
-from .core import InputError, choose
+from .core import InputError, check_positive, choose
 from .learners import Attached, as_predicted, class_axis, conceals, flattened, ignored_index
 from .losses import ComplementEntropyLoss
 
@@ -117,19 +117,23 @@ class _ComplementRecord(Attached):
 
 # %% ../nbs/04_complement.ipynb #569cd26e
 @patch
-def _read_learner(self:_ComplementRecord)->tuple: # the objective of prediction and targets, and the target that it ignores
+def _read_learner(self:_ComplementRecord)->tuple: # the objective of prediction and targets, and the targets that it ignores
     learn, loss = self.learn, self.complement_loss
-    if isinstance(loss, str): return lambda pred, *yb: learn.loss_func(pred, *yb), ignored_index(learn.loss_func)
+    if isinstance(loss, str): return lambda pred, *yb: learn.loss_func(pred, *yb), [ignored_index(learn.loss_func)]
     if loss is None: loss = ComplementEntropyLoss(ignore_index=ignored_index(learn.loss_func))
-    if not isinstance(loss, ComplementEntropyLoss): return loss, ignored_index(loss)
+    if not isinstance(loss, ComplementEntropyLoss): return loss, [ignored_index(loss)]
     axis, concealed = class_axis(learn.loss_func), conceals(learn.loss_func)
-    return lambda pred, target: loss(*flattened(-pred if concealed else pred, target, axis)), loss.ignore_index
+    theirs, ours = ignored_index(learn.loss_func), loss.ignore_index
+    def objective(pred, target): # what either loss ignores counts for nothing
+        z, t = flattened(-pred if concealed else pred, target, axis)
+        return loss(z, t if theirs == ours else t.long().masked_fill(t == theirs, ours))
+    return objective, [ours, theirs]
 
 @patch
 def _complement(self:_ComplementRecord): # the loss of the learner's prediction, noted for the column
     learn = self.learn
     loss = self.objective(learn.pred, *learn.yb)
-    self.complement_mean.add(loss, (learn.yb[0] != self.ignored).sum())
+    self.complement_mean.add(loss, torch.stack([learn.yb[0] != i for i in self.ignored]).all(0).sum())
     return loss
 
 @patch
@@ -145,7 +149,7 @@ def _check_loss(loss_func, names=()): # a function, None, or one of the names
     elif loss_func is not None and not callable(loss_func): raise InputError(f'loss_func is {loss_func!r}: give a function of logits and classes, or None')
 
 def _check_factor(value, name): # a number, or one a group
-    if not all(0 <= v < math.inf for v in L(value)): raise InputError(f'{name} must be at least 0 and finite, got {value}')
+    for v in L(value): check_positive(v, name, zero=True)
 
 # %% ../nbs/04_complement.ipynb #a291a017
 class ComplementTraining(_ComplementRecord):

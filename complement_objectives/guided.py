@@ -17,11 +17,11 @@ from fastai.losses import CrossEntropyLossFlat
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .core import InputError, choose
+from .core import InputError, check_positive, choose
 from .learners import Attached, class_axis, conceals, flattened, ignored_index
 from .losses import (GuidedComplementEntropyLoss, ReverseCrossEntropyLoss, SmoothedCrossEntropyLoss,
                                           complement_entropy)
-from .models import ReverseLogits
+from .models import ReverseLogits, negated_logits
 
 # %% ../nbs/04a_guided.ipynb #c4c25922
 GUIDANCE = 'guiding_factor complement_entropy logit_margin'.split()
@@ -93,7 +93,7 @@ class GuidanceRecorder(Attached):
         record:str='valid',     # which batches: 'valid', 'train', 'both' or 'none'; only 'valid' and 'both' add columns to the table
         ignore_index:int=None, # targets that count for nothing; None: those of the learner's loss
     ):
-        if not 0 < alpha < math.inf: raise InputError(f'alpha must be a number above 0, got {alpha}')
+        alpha = check_positive(alpha, 'alpha')
         self.splits = choose(record, dict(valid=['valid'], train=['train'], both=['train', 'valid'], none=[]), 'record')
         self.alpha, self.ignore_index = alpha, ignore_index
         self._rows, self._means, self._total, self._fitting = [], {}, None, False
@@ -167,7 +167,7 @@ class GuidedComplementTraining(_OwnLoss, GuidanceRecorder):
         self.own_loss, self._index = _GuidedLoss(alpha, **kwargs), kwargs.get('ignore_index')
         super().__init__(alpha, record)
         if schedule is not None and not callable(schedule): raise InputError(f'schedule is {schedule!r}: give a function from the share of the training done to alpha')
-        if not warmup >= 0: raise InputError(f'warmup must be a number of epochs, 0 or more, got {warmup}')
+        warmup = check_positive(warmup, 'warmup', zero=True)
         self.warmup_loss = _WarmupLoss(0., weight=self.own_loss.weight)
         self.schedule, self.warmup, self._warming = schedule, warmup, False
 
@@ -214,8 +214,12 @@ class _ReversedLoss(_ReadsAlike, ReverseCrossEntropyLoss):
     def forward(self, logits, target): return super().forward(-logits, target)
     def activation(self, x): return x.softmax(self.axis)
 
-def _negated(pred): # the logits, or the first of what the network returns
-    return -pred if isinstance(pred, Tensor) else type(pred)((-pred[0], *pred[1:]))
+def _split_inside(splitter, model): # parameter groups of the network that a `ReverseLogits` is around
+    return splitter(model.model if isinstance(model, ReverseLogits) else model)
+
+def _reverse(learn): # what is trained by RCE becomes an ordinary classifier, with the parameter groups it had
+    learn.model, known = ReverseLogits(learn.model), getattr(learn.splitter, 'func', None)
+    if known is not _split_inside: learn.splitter = partial(_split_inside, learn.splitter)
 
 # %% ../nbs/04a_guided.ipynb #5bb62d7d
 class ReverseTraining(_OwnLoss):
@@ -237,9 +241,9 @@ class ReverseTraining(_OwnLoss):
 
     def _leave(self, learn):
         super()._leave(learn)
-        if self._trained: learn.model = ReverseLogits(learn.model)
+        if self._trained: _reverse(learn)
 
-    def after_pred(self): self.learn.pred = _negated(self.pred)
+    def after_pred(self): self.learn.pred = negated_logits(self.pred)
     def after_step(self): self._trained = self._trained or not hasattr(self.learn, 'lr_finder')
 
 # %% ../nbs/04a_guided.ipynb #c90e9699
@@ -269,6 +273,8 @@ def reverse_logits(self:Learner)->Learner: # the same learner, an ordinary class
     for cb in self._grab_cbs(ReverseTraining):
         cb._trained = True
         self.remove_cb(cb)
-    if _is_reversed(self): self.model, self.loss_func = ReverseLogits(self.model), CrossEntropyLossFlat()
+    if _is_reversed(self):
+        _reverse(self)
+        self.loss_func = CrossEntropyLossFlat()
     self.metrics = [accuracy_for(self.loss_func) if hasattr(getattr(m, 'func', None), 'loss_func') else m for m in self.metrics]
     return self

@@ -336,6 +336,19 @@ def _class_weights(
     if weight.device!=z.device: raise ValueError(f"weight must be on the device of the logits, {z.device}, got {weight.device}")
     return _untyped(weight)
 
+def _teach_fastai():
+    "Where fastai is in use, its `lr_find` learns of losses below 0, whichever of the two was imported first."
+    taught = 'complement_objectives.learners' in sys.modules
+    if 'fastai.callback.schedule' in sys.modules and not taught:
+        importlib.import_module('complement_objectives.learners')
+
+def _learned(
+    weight:Tensor, # (K,) weight of each class, or None
+)->bool:           # would a gradient, or a tangent, pass through them?
+    "Whether the class weights are learned, which the closed forms know nothing of."
+    if weight is None: return False
+    return weight.requires_grad or unpack_dual(weight)[1] is not None
+
 def _loss(
     logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
     target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
@@ -351,12 +364,14 @@ def _loss(
     z,t,k = _rows(logits, target)
     if weight is not None: weight = _class_weights(weight, z, k)
     each,traced = reduction=='none',_traced(z)
+    if not traced: _teach_fastai()
     if traced or t.device.type!='cpu': keep = t!=ignore_index
     else: keep = _kept(t, k, ignore_index)
     if keep is not None: t = t*keep
     if traced: t = _looked_up(t, k)
     w,empty = _row_weights(t, keep, weight, reduction=='mean', scale, z.dtype)
-    form = _plain_form if closed is None or traced or not len(t) else _ClosedForm.apply
+    by_hand = closed is None or traced or not len(t) or _learned(weight)
+    form = _plain_form if by_hand else _ClosedForm.apply
     loss = form(z, t, keep, plain, closed, w, each)
     if empty is not None: loss = loss+empty
     return loss.reshape(logits.select(1, 0).shape) if each and logits.ndim>2 else loss
@@ -430,7 +445,7 @@ def guided_complement_entropy(
 )->Tensor:                 # loss in [-1, 0] when normalised
     "Complement entropy weighted by the true class's probability to the power alpha, negated: GCE Eq 3."
     _check_number('alpha', alpha)
-    if not alpha>0: raise ValueError(f"alpha must be greater than 0, got {alpha}")
+    if not 0<alpha<math.inf: raise ValueError(f"alpha must be finite and greater than 0, got {alpha}")
     k = _n_classes(logits)
     if normalize and k==2: raise ValueError("guided complement entropy divides by log(K-1), which is 0 for K = 2; use more classes or normalize=False")
     scale = 1/math.log(k-1) if normalize and k>2 else 1.
@@ -501,16 +516,11 @@ def smoothed_cross_entropy(
 )->Tensor:                 # loss, at least 0
     "Cross-entropy plus lam times reverse cross-entropy: RCE Eq 2."
     _check_number('lam', lam)
-    if not lam>=0: raise ValueError(f"lam must be at least 0, got {lam}")
+    if not 0<=lam<math.inf: raise ValueError(f"lam must be finite and at least 0, got {lam}")
     c = dict(a=1., b=lam/max(_n_classes(logits)-1, 1))
     return _loss(logits, target, partial(_smooth_plain, **c), partial(_smooth_closed, **c), 1., weight, ignore_index, reduction)
 
 # %% ../nbs/01_losses.ipynb #322abf8d
-def _teach_fastai():
-    "Where fastai is in use, its `lr_find` learns of losses below 0."
-    if 'fastai.callback.schedule' in sys.modules:
-        importlib.import_module('complement_objectives.learners')
-
 class _ComplementLoss(nn.Module):
     "What the losses share: class weights, reduction, and what fastai asks of a loss."
     y_int = True
@@ -552,7 +562,7 @@ class GuidedComplementEntropyLoss(_ComplementLoss):
     ):
         super().__init__(weight, ignore_index, reduction)
         _check_number('alpha', alpha)
-        if not alpha>0: raise ValueError(f"alpha must be greater than 0, got {alpha}")
+        if not 0<alpha<math.inf: raise ValueError(f"alpha must be finite and greater than 0, got {alpha}")
         self.alpha,self.normalize = alpha,normalize
     def forward(self, logits, target): return guided_complement_entropy(logits, target, **self._args())
     def _args(self): return dict(alpha=self.alpha, normalize=self.normalize, **super()._args())
@@ -574,7 +584,7 @@ class SmoothedCrossEntropyLoss(_ComplementLoss):
     ):
         super().__init__(weight, ignore_index, reduction)
         _check_number('lam', lam)
-        if not lam>=0: raise ValueError(f"lam must be at least 0, got {lam}")
+        if not 0<=lam<math.inf: raise ValueError(f"lam must be finite and at least 0, got {lam}")
         self.lam = lam
     def forward(self, logits, target): return smoothed_cross_entropy(logits, target, **self._args())
     def _args(self): return dict(lam=self.lam, **super()._args())

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODELS', 'PixelNorm', 'Classifier', 'lenet5', 'n_parameters', 'digits_cnn', 'PadShortcut', 'cifar_resnet',
            'PreActBlock', 'preact_resnet18', 'leaky_preact_resnet', 'tiny_imagenet_resnet', 'cifar_resnext',
-           'wide_resnet', 'densenet_bc_121', 'vgg11', 'ReverseLogits', 'forward_batches', 'Architecture',
-           'create_model', 'multiply_adds', 'model_table']
+           'wide_resnet', 'densenet_bc_121', 'vgg11', 'ReverseLogits', 'negated_logits', 'forward_batches',
+           'Architecture', 'create_model', 'multiply_adds', 'model_table']
 
 # %% ../nbs/02_models.ipynb #3a09e5e8
 from functools import partial
@@ -331,10 +331,21 @@ class ReverseLogits(nn.Module):
         z, logits = self.model.hidden_and_logits(x)
         return z, -logits
 
+    def reset(self): # a recurrent network forgets what it has read
+        if hasattr(self.model, 'reset'): self.model.reset()
+
     def forward(self,
         x:torch.Tensor, # (N, C, H, W) pixels
-    )->torch.Tensor:    # (N, K) logits, negated
-        return -self.model(x)
+        *more,          # further inputs: a table's numbers beside its categories
+        **named,        # the same, by name
+    )->torch.Tensor:    # (N, K) logits, negated; where `model` returns more than those, they come first
+        return negated_logits(self.model(x, *more, **named))
+
+def negated_logits(
+    output, # of a network: logits (N, K), or a tuple that begins with them
+):          # the same, with the logits negated
+    "Turn the logits round, and leave alone what else the network returns."
+    return -output if isinstance(output, torch.Tensor) else (-output[0], *output[1:])
 
 # %% ../nbs/02_models.ipynb #0d82fc2c
 def forward_batches(

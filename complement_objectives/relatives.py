@@ -58,7 +58,7 @@ def published_guided_complement_entropy(
 )->Tensor:                 # loss
     "GCE as its authors' code computes it, epsilons, division by log K and all. For comparisons only."
     _check_number('alpha', alpha)
-    if not alpha>0: raise ValueError(f"alpha must be greater than 0, got {alpha}")
+    if not 0<alpha<math.inf: raise ValueError(f"alpha must be finite and greater than 0, got {alpha}")
     k = _n_classes(logits)
     def plain(z, t):
         s,pg = _published_rows(z, t, eps)
@@ -77,9 +77,10 @@ def complement_cross_entropy(
 )->Tensor:                 # loss
     "Cross-entropy plus gamma/(K-1) times the complement entropy (CCE)."
     _check_number('gamma', gamma)
-    if not gamma<0: raise ValueError(f"gamma must be below 0, or complement entropy would be lowered; got {gamma}")
+    if not -math.inf<gamma<0: raise ValueError(f"gamma must be finite and below 0, or complement entropy would be lowered; got {gamma}")
     kw = dict(weight=weight, ignore_index=ignore_index, reduction=reduction)
-    return smoothed_cross_entropy(logits, target, 0., **kw) - gamma*complement_entropy_loss(logits, target, **kw)
+    loss = smoothed_cross_entropy(logits, target, 0., **kw)
+    return loss.sub(complement_entropy_loss(logits, target, **kw), alpha=gamma)
 
 # %% ../nbs/01a_relatives.ipynb #e7dca261
 def _entropy_over(
@@ -133,7 +134,7 @@ def probabilistically_compact_loss(
 )->Tensor:                 # loss, at least 0
     "Hinge on probability gaps plus `lam` times the likely logit gap (PC loss with logit constraints)."
     _check_number('xi', xi); _check_number('lam', lam)
-    if not (0<xi<=1 and lam>=0): raise ValueError(f"xi must lie in (0, 1] and lam be at least 0, got xi={xi}, lam={lam}")
+    if not (0<xi<=1 and 0<=lam<math.inf): raise ValueError(f"xi must lie in (0, 1] and lam be at least 0, got xi={xi}, lam={lam}")
     def plain(z, t):
         p,(d,g) = z.softmax(1),_mask(z, t)
         hinge = (xi-(p.gather(1, t[:,None])-p)).relu().masked_fill(g, 0).sum(1)/(z.shape[1]-1)

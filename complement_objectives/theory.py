@@ -18,7 +18,7 @@ from .detection import non_max_entropy
 
 # %% ../nbs/13_theory.ipynb #6451c5ca
 def _doubles(*tensors): # detached, in double precision, on the CPU
-    return [t.detach().cpu().double() for t in tensors]
+    return [torch.as_tensor(t).detach().cpu().double() for t in tensors]
 
 def boundary_crossing(
     z:torch.Tensor,      # (D,) hidden vector
@@ -64,19 +64,30 @@ def accepted_region(
     return G, torch.stack([gap - bias[a] + bias[c] for a, c, gap in pairs])
 
 # %% ../nbs/13_theory.ipynb #601a43ea
+def _unit_rows(G, h): # the same half planes, with normals of length 1 where they have a direction
+    length = torch.hypot(G[:, 0], G[:, 1])
+    length = length.where(length > 0, 1.)
+    return G/length[:, None], h/length
+
+def _sizes(z, h): # (M,) of the numbers in each half plane, which says what rounding is
+    numbers = [v for v in (z.abs().max().item(), *sorted(h.abs().tolist())) if 0 < v < math.inf]
+    return h.abs().where(h.isfinite(), 0.) + (numbers[0] if numbers else 1.)
+
 def _feet_and_corners(
     z:torch.Tensor, # (2,)
-    G:torch.Tensor, # (M, 2)
+    G:torch.Tensor, # (M, 2), rows of length 1 or 0
     h:torch.Tensor, # (M,)
 )->torch.Tensor:    # (P, 2): the nearest point of {Gx ≤ h} is among them; P = 0 where the half planes have no point in common
     "`z`, its feet on the edges and the corners, as far as they lie in all half planes."
-    feet = z - ((G @ z - h)/G.square().sum(1))[:, None]*G
+    feet = z - (G @ z - h)[:, None]*G
     a, c = torch.tensor(list(itertools.combinations(range(len(h)), 2))).T
-    det, length = G[a, 0]*G[c, 1] - G[a, 1]*G[c, 0], G.norm(dim=1)
-    det[det.abs() <= 1e-12*length[a]*length[c]] = torch.nan # parallel up to rounding: no corner
+    det = G[a, 0]*G[c, 1] - G[a, 1]*G[c, 0]
+    det[det.abs() <= 1e-12] = torch.nan # parallel up to rounding: no corner
     corners = torch.stack([h[a]*G[c, 1] - h[c]*G[a, 1], G[a, 0]*h[c] - G[c, 0]*h[a]], 1)/det[:, None]
     points = torch.cat([z[None], feet, corners])
-    return points[(points @ G.T - h <= 1e-9*(1 + h.abs())).all(1)]
+    points = points[points.isfinite().all(1)] # a class with a bias of -inf is at infinity
+    slack = 1e-9*_sizes(z, h) + 1e-15*points.norm(dim=1, keepdim=True)*G.norm(dim=1)
+    return points[(points @ G.T <= h + slack).all(1)]
 
 def project_polygon(
     z:torch.Tensor, # (2,)
@@ -85,7 +96,7 @@ def project_polygon(
 )->torch.Tensor:    # (2,) the point of {Gx ≤ h} nearest to z; `InputError` where there is none
     "Exact projection onto an intersection of half planes, by looking at every foot and corner."
     z, G, h = _doubles(z, G, h)
-    points = _feet_and_corners(z, G, h)
+    points = _feet_and_corners(z, *_unit_rows(G, h))
     if not len(points): raise InputError('the half planes have no point in common: there is nothing to project onto')
     return points[(points - z).norm(dim=1).argmin()]
 
@@ -98,11 +109,16 @@ def nearest_adversarial(
 )->torch.Tensor:         # (2,) z1 without a detector, z2 with one; `InputError` where there is none
     "The nearest hidden vector of another class that passes the detector: z₁ and z₂ of RCE Fig 1."
     z, weight, bias = _doubles(z, weight, bias)
+    _check_plane(z, weight, bias)
     y = (weight @ z + bias).argmax().item()
     regions = [accepted_region(k, weight, bias, t) for k in range(3) if k != y]
     found = [project_polygon(z, G, h) for G, h in regions if _wins(z, G, h)]
     if not found: raise InputError('there is no adversarial example: no other class wins anywhere' + ('' if t is None else f' with non-ME ≥ {t:.4g}'))
     return min(found, key=lambda p: (p - z).norm().item())
+
+def _check_plane(z, weight, bias): # a bias of -inf takes its class out
+    if (z.shape, weight.shape, bias.shape) != ((2,), (3, 2), (3,)): raise InputError(f'three classes over a plane are z (2,), weight (3, 2) and bias (3,), got {tuple(z.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}')
+    if not (z.isfinite().all() & weight.isfinite().all() & (bias < math.inf).all()): raise InputError('z and weight must be finite, and bias finite or -inf')
 
 def _wins(
     z:torch.Tensor, # (2,) any point
@@ -110,8 +126,9 @@ def _wins(
     h:torch.Tensor, # (M,)
 )->bool:            # is the class ahead of both others, by more than rounding, anywhere in its region?
     "Whether the region is more than a tie."
-    ahead = h.clone(); ahead[:2] -= 1e-8*(1 + h[:2].abs())
-    return len(_feet_and_corners(z, G, ahead)) > 0
+    G, h = _unit_rows(G, h)
+    h[:2] -= 1e-8*_sizes(z, h)[:2]
+    return len(_feet_and_corners(z, G, h)) > 0
 
 # %% ../nbs/13_theory.ipynb #1a890387
 def plot_hidden_plane(

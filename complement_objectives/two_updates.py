@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from .core import InputError, choose
+from .core import InputError, as_number, choose
 from .losses import ComplementEntropyLoss
 
 # %% ../nbs/03c_two_updates.ipynb #748b512e
@@ -127,6 +127,9 @@ class _Update:
         scaler=None,         # `GradScaler` of the loop; None: the optimizer's, if any
         clip=None,           # largest gradient norm, or a function of the parameters
     ):
+        if not callable(loss_func):
+            raise InputError(f'loss_func is {loss_func!r}: '
+                'give a function of logits and classes')
         self.model, self.opt, self.loss_func = model, opt, loss_func
         self.forward, self.backward, self.context = forward, backward, context
         loop_opt = opt if loop_opt is None else loop_opt
@@ -173,7 +176,7 @@ class _Update:
         else: nn.utils.clip_grad_norm_(parameters, self.clip)
 
     def _check_clip(self):
-        if not callable(self.clip) and not self.clip > 0:
+        if not callable(self.clip) and not as_number(self.clip, 'clip') > 0:
             raise InputError(f'clip must be above 0, got {self.clip}')
         if self.scaler is None: return
         if callable(self.clip) and self.gradient_state is not None:

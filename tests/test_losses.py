@@ -3,6 +3,7 @@
 The values come from `F.cross_entropy`, from the formulas of the papers written out in float64 over the classes that
 are left, and from the same call on the rows that count.
 """
+import inspect
 import math
 import warnings
 from functools import partial
@@ -331,6 +332,32 @@ def test_class_weights_of_a_module_that_do_not_fit(make):
     with pytest.raises(ValueError, match=r'weight must be a tensor of shape \(6,\)'): make(weight=torch.ones(K - 1))(z, y)
 
 
+@each_loss
+def test_class_weights_are_learned(f):
+    z, y = batch()
+    w = (torch.rand(K).double() + 0.5).requires_grad_()
+    rows, v = f(z, y, reduction='none').detach(), torch.randn(K).double()
+    for reduction, value in (('mean', (rows*w[y]).sum()/w[y].sum()), ('sum', (rows*w[y]).sum())):
+        clean, = torch.autograd.grad(value, w)
+        got = torch.autograd.grad(f(z, y, weight=w, reduction=reduction), (w, z))
+        assert torch.allclose(got[0], clean, atol=1e-12)
+        assert torch.allclose(got[1], gradient(f, z, y, weight=w.detach(), reduction=reduction)[1], atol=1e-12)
+        along = torch.func.jvp(lambda u: f(z.detach(), y, weight=u, reduction=reduction), (w.detach(),), (v,))[1]
+        assert torch.allclose(along, (clean*v).sum(), atol=1e-12)
+        with forward_ad.dual_level():
+            dual = f(z.detach(), y, weight=forward_ad.make_dual(w.detach(), v), reduction=reduction)
+            assert torch.allclose(forward_ad.unpack_dual(dual).tangent, (clean*v).sum(), atol=1e-12)
+
+
+@each_loss
+def test_numbers_that_are_not_finite_are_refused(f):
+    inner, (z, y) = getattr(f, 'func', f), batch()
+    for name in ('alpha', 'lam', 'gamma', 'xi'):
+        if name not in inspect.signature(inner).parameters: continue
+        for value in (math.inf, -math.inf, math.nan):
+            with pytest.raises(ValueError, match=name): inner(z, y, **{**(f.keywords if inner is not f else {}), name: value})
+
+
 def test_weight_by_position():
     "It is the class weights, as for `F.cross_entropy`, or it is refused: it never becomes another parameter."
     (z, y), w = batch(), torch.rand(K).double() + 0.5
@@ -370,6 +397,8 @@ def test_forward_mode(f):
     row, t = z.detach()[:1], y[:1]
     expected = torch.autograd.functional.hessian(lambda x: f(x, t), row)
     assert torch.allclose(torch.func.hessian(lambda x: f(x, t))(row), expected, atol=1e-12)
+    single = torch.func.jvp(lambda x: f(x, y, weight=torch.ones(K)), (z.detach().float(),), (v.float(),))[1]
+    assert single.dtype == torch.float32
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(z, v)
         loss = f(dual, y)

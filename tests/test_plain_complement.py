@@ -449,6 +449,17 @@ def test_forward():
 
 # What goes wrong
 
+@pytest.mark.parametrize('loss_func', ['primary', 3])
+def test_what_is_no_loss_is_refused_before_the_first_update(loss_func):
+    model, start = network(), network()
+    opt = SGD(model.parameters())
+    (x, y), *_ = batches()
+    with pytest.raises(ValueError, match='loss_func is'): ComplementUpdate(model, opt, loss_func=loss_func)
+    with pytest.raises(ValueError, match='loss_func is'): complement_step(model, cross_entropy, opt, opt, x, y, loss_func)
+    with pytest.raises(ValueError, match='clip is the text'): ComplementUpdate(model, opt, clip='1')
+    assert apart(model, start) == 0
+
+
 def test_refusals():
     model = network()
     opt = SGD(model.parameters())

@@ -70,6 +70,41 @@ def test_a_class_that_only_ties_does_not_win():
     assert nearest_adversarial(torch.tensor([0.5, 0.1]), weight, bias).tolist() == pytest.approx([0, 0.1])
 
 
+@pytest.mark.parametrize('scale', [1e-12, 1e-3, 1., 1e6, 1e100])
+@pytest.mark.parametrize('t', [None, 0.6])
+def test_the_scale_of_the_weights_is_no_matter(scale, t):
+    z, weight, _ = (torch.from_numpy(a) for a in layer(3, 'general'))
+    zero, gap = torch.zeros(3), t and brentq(lambda g: math.log1p(math.exp(-g)) + g/(1 + math.exp(g)) - t, 0, 50)
+    expected = by_programming(z.numpy(), weight.numpy(), zero.numpy(), gap and gap/scale if scale > 1e-12 else None)
+    if t and scale == 1e-12: expected = by_programming(z.numpy(), weight.numpy(), zero.numpy(), None)  # the strip is everything
+    if t and scale == 1e100: expected = by_programming(z.numpy(), weight.numpy(), zero.numpy(), 1e-9)  # the strip is a line
+    found = nearest_adversarial(z, weight*scale, zero, t)
+    assert (found - z).norm().item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    small = nearest_adversarial(z*1e-12, weight*scale*1e12, zero, t)
+    assert (small*1e12 - found).norm() < 1e-6
+
+
+@pytest.mark.parametrize('masked', [0, 1, 2])
+def test_a_masked_class_wins_nowhere(masked):
+    rng = np.random.default_rng(masked)
+    for _ in range(20):
+        weight, bias, z = rng.normal(size=(3, 2)), rng.normal(size=3), rng.normal(size=2)
+        bias[masked] = -math.inf
+        a, c = [k for k in range(3) if k != masked]
+        normal, lead = weight[a] - weight[c], (weight[a] - weight[c]) @ z + bias[a] - bias[c]
+        found = nearest_adversarial(z, weight, bias)
+        assert np.allclose(found.numpy(), z - lead*normal/(normal @ normal), atol=1e-9)
+        with pytest.raises(InputError, match='no other class wins'): nearest_adversarial(z, weight, bias, 0.3)  # of one class left, non-ME is 0
+
+
+@pytest.mark.parametrize('z, weight, bias', [
+    (torch.zeros(2), torch.randn(4, 2), torch.zeros(4)), (torch.zeros(3), torch.randn(3, 3), torch.zeros(3)), (torch.zeros(5, 2), torch.randn(3, 2), torch.zeros(3)),
+    (torch.tensor([0., math.nan]), torch.randn(3, 2), torch.zeros(3)), (torch.zeros(2), torch.full((3, 2), math.inf), torch.zeros(3)),
+    (torch.zeros(2), torch.randn(3, 2), torch.tensor([0., math.nan, 0.])), (torch.zeros(2), torch.randn(3, 2), torch.tensor([0., math.inf, 0.]))])
+def test_no_plane_of_three_classes(z, weight, bias):
+    with pytest.raises(InputError): nearest_adversarial(z, weight, bias)
+
+
 def test_empty_polygon():
     with pytest.raises(InputError, match='no point in common'):
         project_polygon(torch.zeros(2), torch.tensor([[1., 0.], [-1., 0.]]), torch.tensor([-1., -1.]))

@@ -1,6 +1,8 @@
 """The training callbacks in learners that are not theirs: tables, text, masks, callbacks of one's own, interruptions."""
 import copy
 import math
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -135,6 +137,39 @@ def test_table(table, way):
     assert row['accuracy'] > 0.5  # of three classes
 
 
+COT_CBS = [ComplementTraining, JointComplementTraining, GuidedComplementTraining, ReverseTraining, GuidanceRecorder]
+
+
+@pytest.mark.parametrize('way', ['reverse', 'reverse_complement'])
+def test_a_table_after_reversal(table, way):
+    "A network of several inputs is left as an ordinary classifier that predicts the same, trains on, and is saved."
+    learn = WAYS[way](tabular(table))
+    with learn.no_bar():
+        quiet(learn, 2, 0.01)
+        before = learn.get_preds()[0]
+        learn.remove_cbs(COT_CBS)
+        assert isinstance(learn.model, ReverseLogits) and torch.allclose(learn.get_preds()[0], before, atol=1e-6)
+        quiet(learn)
+    assert finite(learn.model)
+
+
+def test_parameter_groups_after_reversal(tmp_path):
+    "A splitter knows the network, not what is around it."
+    data = [(x.float(), y) for x, y in batches()]
+    by_layer = lambda model: [list(model[0].parameters()), list(model[2].parameters())]
+    learn = learner(data, network().float(), CrossEntropyLossFlat(), splitter=by_layer).to_reverse()
+    for _ in range(2):
+        quiet(learn)
+        learn.reverse_logits()
+        learn.opt = None
+        quiet(learn, lr=slice(1e-3, 1e-2))
+        assert [len(group) for group in learn.opt.param_lists] == [2, 2]
+        learn.to_reverse()
+    plain = learner(data, network().float(), ReverseCrossEntropyLoss(), splitter=by_layer)
+    quiet(plain).reverse_logits().opt = None
+    assert finite(quiet(plain).model)
+
+
 def test_accuracy_of_a_table():
     logits, y = torch.randn(30, 3), torch.randint(3, (30, 1))
     assert accuracy_for(CrossEntropyLossFlat())(logits, y) == accuracy(logits, y)
@@ -212,6 +247,34 @@ def test_own_losses_read_as_the_former_one(shape, way):
     assert torch.allclose(loss.activation(learn.model(x)).sum(axis), torch.ones(y.shape).double())
 
 
+@pytest.mark.parametrize('dtype', [torch.int64, torch.uint8])
+@pytest.mark.parametrize('own', [-100, 2])
+def test_a_given_loss_leaves_out_what_the_learner_s_leaves_out(own, dtype):
+    data = batches(shape=(3, 4, 3), target=(3, 4), ignore=255)
+    if own == 2:
+        for _, y in data: y.view(-1)[1::4] = 2
+    data = [(x, y.to(dtype)) for x, y in data]
+    def rows(model, x, y, skip):
+        z, t = model(x).movedim(1, -1).reshape(-1, N_CLASSES), y.reshape(-1).long()
+        keep = torch.stack([t != i for i in skip]).all(0)
+        return z[keep], t[keep]
+    double = nn.CrossEntropyLoss(ignore_index=255)
+    class Loss(CrossEntropyLossFlat):
+        def __call__(self, z, t): return double(z, t.long())
+    seen = []
+    class Note(Callback):
+        order = 70
+        def after_train(self): seen.append(self.complement_training.epoch_complement.item())
+    learn = learner(data, Pixelwise(1), Loss(axis=1, ignore_index=255)).to_complement(loss_func=ComplementEntropyLoss(ignore_index=own))
+    written = loop(data, Pixelwise(1), lambda m, x, y: F.cross_entropy(*rows(m, x, y, [255])), lambda m, x, y: entropy_loss(*rows(m, x, y, [255, own])))
+    assert apart(quiet(learn).model, written) < 1e-10
+    start = Pixelwise(1)
+    still = learner(data, Pixelwise(1), Loss(axis=1, ignore_index=255)).to_complement(loss_func=ComplementEntropyLoss(ignore_index=own))
+    quiet(still, lr=0., cbs=Note())
+    pairs = [rows(start, x, y, [255, own]) for x, y in data]
+    assert seen[0] == pytest.approx(entropy_loss(*map(torch.cat, zip(*pairs))).item(), abs=1e-12)
+
+
 LOSSES = {'torch': nn.CrossEntropyLoss(ignore_index=7), 'function': F.cross_entropy, 'partial': partial(F.cross_entropy, ignore_index=7),
           'fastai': CrossEntropyLossFlat(ignore_index=7), 'smoothed': nn.CrossEntropyLoss(ignore_index=7, label_smoothing=0.1),
           'fastai smoothed': LabelSmoothingCrossEntropyFlat(), 'focal': FocalLossFlat(), 'BaseLoss': BaseLoss(nn.CrossEntropyLoss, ignore_index=7),
@@ -263,8 +326,14 @@ def test_fastai_text_classifier(way, tmp_path):
     dls.vocab, dls.c, dls.path = L([f'w{i}' for i in range(20)], list(range(N_CLASSES))), N_CLASSES, tmp_path
     config = dict(awd_lstm_clas_config, emb_sz=8, n_hid=8, n_layers=2)
     learn = WAYS[way](text_classifier_learner(dls, AWD_LSTM, pretrained=False, config=config, loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path))
-    with learn.no_bar(): quiet(learn, 2, 0.01)
-    assert finite(learn.model) and all(math.isfinite(float(v)) for v in learn.recorder.values[-1])
+    with learn.no_bar():
+        quiet(learn, 2, 0.01)
+        assert finite(learn.model) and all(math.isfinite(float(v)) for v in learn.recorder.values[-1])
+        before = learn.get_preds()[0]
+        learn.remove_cbs(COT_CBS)
+        assert torch.allclose(learn.get_preds()[0], before, atol=1e-6)
+        learn.opt = None  # its splitter and `reset` are those of the network
+        assert finite(quiet(learn, lr=0.01).model)
 
 
 class Tagger(nn.Module):
@@ -474,6 +543,21 @@ def test_lr_find_by_name(name, tmp_path):
     with learn.no_bar(): assert 1e-5 < learn.lr_find(show_plot=False).valley < 1
 
 
+@pytest.mark.parametrize('first', ['fastai', 'losses'])
+@pytest.mark.parametrize('loss', ['guided_complement_entropy', 'BaseLoss(GuidedComplementEntropyLoss)', 'pickle.loads(pickle.dumps(GuidedComplementEntropyLoss()))'])
+def test_lr_find_by_the_losses_alone(first, loss, tmp_path):
+    "Functions and modules, whichever of the two packages is imported first."
+    imports = {'fastai': 'from fastai.basics import *\nfrom fastai.callback.schedule import lr_find',
+               'losses': 'from complement_objectives.losses import *\nloss_func = GuidedComplementEntropyLoss()'}
+    lines = [imports[first], *imports.values(), 'import pickle, torch', 'from fastai.losses import BaseLoss',
+             'data = [(torch.randn(8, 5), torch.randint(4, (8,)))]*4',
+             f'learn = Learner(DataLoaders(data, data[:1], device="cpu"), torch.nn.Linear(5, 4), {loss}, path={str(tmp_path)!r})',
+             'print(learn.lr_find(show_plot=False, num_it=20, end_lr=1.).valley)']
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', '\n'.join(lines)], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert 1e-7 < float(out.stdout.split()[-1]) < 1
+
+
 def test_lr_find_still_stops_where_a_loss_above_zero_explodes(tmp_path):
     learn = learner(blobs(), network().float(), lambda z, y: F.cross_entropy(300*z, y), default_cbs=True, path=tmp_path)
     with learn.no_bar(): learn.lr_find(show_plot=False, end_lr=1e4)
@@ -577,6 +661,18 @@ def test_autocast_ends_with_our_mixed_precision(event, tmp_path):
     (lambda: AdversarialTraining(0.1, bounds=(1, 0)), 'bounds'),
     (lambda: AdversarialTraining(0.1, bounds=(0, math.nan)), 'bounds'),
     (lambda: AdversarialTraining(0.1, bounds=3), 'bounds'),
+    (lambda: AdversarialTraining(0.1, bounds=torch.tensor(3.)), 'bounds'),
+    (lambda: AdversarialTraining(0.1, bounds=('0', '1')), 'bounds'),
+    (lambda: AdversarialTraining(0.1, bounds=(None, 1)), 'bounds'),
+    (lambda: AdversarialTraining(0.1, bounds=([0, 0], [1, 1, 1])), '2 and for 3 channels'),
+    (lambda: AdversarialTraining(0.1, steps=1.5), 'steps'),
+    (lambda: AdversarialTraining(0.1, steps='3'), 'steps'),
+    (lambda: AdversarialTraining(0.1, step='x'), 'step'),
+    (lambda: AdversarialTraining(0.1, trades='x'), 'trades'),
+    (lambda: ComplementTraining(wd='x'), 'wd'),
+    (lambda: JointComplementTraining(weight='x'), 'weight'),
+    (lambda: GuidedComplementTraining(warmup='x'), 'warmup'),
+    (lambda: GuidanceRecorder(alpha='x'), 'alpha'),
 ])
 def test_settings_refused_at_once(make, message):
     with pytest.raises(InputError, match=message) as caught: make()
@@ -697,6 +793,21 @@ def test_images_of_an_unknown_range_are_refused(trades, change):
     before = parameters(learn.model)
     with pytest.raises(InputError, match='floating point' if change[0] == 'integers' else 'bounds='): quiet(learn)
     assert moved(learn.model, before) == 0
+
+
+@pytest.mark.parametrize('channels, bounds', [(3, ([0, 0], [1, 1])), (3, ([0]*4, [1]*4)), (1, ([0]*3, [1]*3))])
+def test_bounds_of_other_channels_are_refused(channels, bounds):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16*channels, N_CLASSES))
+    learn = learner(images(channels=channels), model, cbs=[AdversarialTraining(0.03, bounds=bounds)])
+    before = parameters(model)
+    with pytest.raises(InputError, match=f'bounds are for {len(bounds[0])} channels'): quiet(learn)
+    assert moved(model, before) == 0
+
+
+@pytest.mark.parametrize('make', [torch.tensor, np.array, tuple])
+def test_bounds_as_an_array(make):
+    exact = found(images(), 0., 1., bounds=(0., 1.))
+    for a, b in zip(exact, found(images(), 0., 1., bounds=make([0., 1.]))): assert torch.equal(a, b)
 
 
 def test_a_later_batch_out_of_range_is_told():
