@@ -78,26 +78,56 @@ def optimality(distances, best):
 def of_foolbox(attack): return lambda m, x, y: attack.run(fb.PyTorchModel(m, bounds=(0, 1), device='cpu'), x, y)
 def ours(attack): return lambda m, x, y: attack(m, x, y, epsilons=None)[0]
 
-def of_art(cls, **kwargs):
-    from art.attacks import evasion
+def art_classifier(m, x):
+    "ART's classifier, but backwards once where each image has its class: its own goes once for each class in the batch."
     from art.estimators.classification import PyTorchClassifier
+    class Once(PyTorchClassifier):
+        def class_gradient(self, x, label=None, **kwargs):
+            if not hasattr(label, '__len__'): return super().class_gradient(x, label, **kwargs)
+            z = torch.from_numpy(x).requires_grad_()
+            chosen = m(z).gather(1, torch.as_tensor(label)[:, None])
+            return torch.autograd.grad(chosen.sum(), z)[0].numpy()[:, None]
+    return Once(m, nn.CrossEntropyLoss(), tuple(x.shape[1:]), 10, clip_values=(0, 1), device_type='cpu')
+
+def of_art(cls, **kwargs):
     def run(m, x, y):
-        net = PyTorchClassifier(m, nn.CrossEntropyLoss(), tuple(x.shape[1:]), 10, clip_values=(0, 1), device_type='cpu')
-        return torch.from_numpy(getattr(evasion, cls)(net, batch_size=len(x), verbose=False, **kwargs).generate(x.numpy(), F.one_hot(y, 10).numpy()))
+        attack = getattr(importlib.import_module('art.attacks.evasion'), cls)(art_classifier(m, x), batch_size=len(x), verbose=False, **kwargs)
+        return torch.from_numpy(attack.generate(x.numpy(), F.one_hot(y, 10).numpy()))
     return run
 
-def l2(s): # attacks for `s` gradients
-    A, ta, L = peer('adv_lib.attacks'), peer('torchattacks'), fb.attacks
-    out = {'nearest of DDN and L2FMN': ours(nearest_l2(s - 1)), 'DDN': ours(DDN(steps=s - 1)), 'L2FMN': ours(L2FMN(steps=s - 1)),
-           'C&W, 9 searches': ours(CarliniWagnerL2(binary_search_steps=9, steps=s//9)), 'C&W, 4 searches': ours(CarliniWagnerL2(binary_search_steps=4, steps=s//4)),
-           'foolbox DDN': of_foolbox(L.DDNAttack(steps=s)), 'foolbox L2FMN': of_foolbox(L.L2FMNAttack(steps=s)),
-           'foolbox C&W, 4 searches': of_foolbox(L.L2CarliniWagnerAttack(binary_search_steps=4, steps=s//4))}
-    if A: out |= {'adv-lib DDN': partial(A.ddn, steps=s, levels=None), 'adv-lib FMN': partial(A.fmn, norm=2, steps=s), 'adv-lib PDGD': partial(A.pdgd, num_steps=s),
-                  'adv-lib ALMA': partial(A.alma, num_steps=s, α=0.9, init_lr_distance=1), 'adv-lib FAB': partial(A.fab, norm=2., n_iter=s//5),
-                  'adv-lib C&W, 4 searches': partial(A.carlini_wagner_l2, binary_search_steps=4, max_iterations=s//4)}
-    if ta: out['torchattacks C&W'] = lambda m, x, y: ta.CW(m, steps=s)(x, y)
-    if peer('art'): out['ART C&W, 4 searches'] = of_art('CarliniL2Method', binary_search_steps=4, max_iter=s//4)
-    return out
+def of_torchattacks(cls, **kwargs): return lambda m, x, y: getattr(peer('torchattacks'), cls)(m, **kwargs)(x, y)
+
+def l2_ours(s): # attacks for `s` gradients
+    return {'nearest of DDN and L2FMN': ours(nearest_l2(s - 1)), 'DDN': ours(DDN(steps=s - 1)), 'L2FMN': ours(L2FMN(steps=s - 1)),
+            'C&W, 9 searches': ours(CarliniWagnerL2(binary_search_steps=9, steps=s//9)),
+            'C&W, 4 searches': ours(CarliniWagnerL2(binary_search_steps=4, steps=s//4))}
+
+def l2_foolbox(s): # EAD looks once more at each step; DeepFool goes forwards and backwards for each of nine classes
+    L = fb.attacks
+    return {'foolbox DDN': of_foolbox(L.DDNAttack(steps=s)), 'foolbox L2FMN': of_foolbox(L.L2FMNAttack(steps=s)),
+            'foolbox C&W, 4 searches': of_foolbox(L.L2CarliniWagnerAttack(binary_search_steps=4, steps=s//4)),
+            'foolbox EAD, 4 searches': of_foolbox(L.EADAttack(binary_search_steps=4, steps=s//6, decision_rule='EN')),
+            'foolbox DeepFool': of_foolbox(L.L2DeepFoolAttack(steps=max(1, s//9)))}
+
+def l2_adv_lib(s):
+    A = peer('adv_lib.attacks')
+    if not A: return {}
+    return {'adv-lib DDN': partial(A.ddn, steps=s, levels=None), 'adv-lib FMN': partial(A.fmn, norm=2, steps=s), 'adv-lib PDGD': partial(A.pdgd, num_steps=s),
+            'adv-lib ALMA': partial(A.alma, num_steps=s, α=0.9, init_lr_distance=1), 'adv-lib FAB': partial(A.fab, norm=2., n_iter=s//5),
+            'adv-lib C&W, 4 searches': partial(A.carlini_wagner_l2, binary_search_steps=4, max_iterations=s//4)}
+
+def l2_torchattacks(s):
+    if not peer('torchattacks'): return {}
+    return {'torchattacks C&W': of_torchattacks('CW', steps=s), 'torchattacks DeepFool': of_torchattacks('DeepFool', steps=s),
+            'torchattacks EAD, 4 searches': of_torchattacks('EADEN', binary_search_steps=4, max_iterations=s//6)}
+
+def l2_art(s): # C&W takes about eight passes a step, with its line search, and EAD six; both start at c = 1, as from 0.01 they find next to nothing
+    if not peer('art'): return {}
+    few = dict(binary_search_steps=4, initial_const=1.)
+    return {'ART C&W, 4 searches': of_art('CarliniL2Method', max_iter=s//16, **few), 'ART EAD, 4 searches': of_art('ElasticNet', max_iter=s//12, decision_rule='L2', **few),
+            'ART DeepFool': of_art('DeepFool', max_iter=s//5), 'ART NewtonFool': of_art('NewtonFool', max_iter=2*s//3)}
+
+def l2(s): return l2_ours(s) | l2_foolbox(s) | l2_adv_lib(s) | l2_torchattacks(s) | l2_art(s)
 
 def linf(s): # attacks for `s` gradients
     A, L = peer('adv_lib.attacks'), fb.attacks

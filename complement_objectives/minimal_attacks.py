@@ -250,6 +250,9 @@ def ddn(steps:int=100, **kwargs)->DDN: # settings as in `DDN`
 def nearest_l2(
     steps:int=300, # gradients of all together, at least 3
 )->NearestOf:      # an attack
-    "The nearest of DDN, on cross-entropy and on the margin, and L2FMN: the minimal-norm member of the audit."
+    "The nearest of DDN, on cross-entropy and on the margin, and L2FMN, beyond 400 gradients with long steps too: the minimal-norm member of the audit."
     if check_count(steps, 'steps') < 3: raise InputError(f'steps is {steps}: it must be at least 3, one for each of the three attacks')
-    return NearestOf(DDN(steps=steps//3), DDN(steps=steps//3, loss='margin'), L2FMN(steps=steps - 2*(steps//3)))
+    each = steps//4 if steps > 400 else steps//3
+    attacks = [DDN(steps=each), DDN(steps=each, loss='margin')]
+    if steps > 400: attacks.append(L2FMN(steps=each, max_stepsize=3.))
+    return NearestOf(*attacks, L2FMN(steps=steps - len(attacks)*each))

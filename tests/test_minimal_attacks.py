@@ -309,6 +309,12 @@ def test_steps_of_the_nearest_are_shared():
     assert [a.steps for a in longer.attacks] == [100]*3 and nearest_l2(60).steps == 60
 
 
+@pytest.mark.parametrize('steps, n', [(3, 3), (10, 3), (400, 3), (401, 4), (999, 4)])
+def test_nearest_has_a_fourth_member_where_there_are_many_steps(steps, n):
+    attack = nearest_l2(steps)
+    assert attack.steps == steps and len(attack.attacks) == n and min(a.steps for a in attack.attacks) >= steps//n
+
+
 def test_nearest_with_an_attack_of_foolbox():
     theirs = fb.attacks.L2CarliniWagnerAttack(steps=10, binary_search_steps=1)
     for model, (low, high) in ((NET, (0, 1)), FRAMES['bytes']):
