@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COPYING', 'under_attack', 'PlainModel', 'CopyingModel', 'as_foolbox', 'check_logits', 'CheckedModel', 'as_criterion',
-           'random_targets', 'goal', 'limit', 'PreparedModel', 'note_still', 'prepared', 'fooled', 'PlainCall',
-           'reseeded', 'Restarts', 'NearestRestarts']
+           'random_targets', 'goal', 'limit', 'PreparedModel', 'note_still', 'prepared', 'fooled', 'Checked',
+           'PlainCall', 'reseeded', 'Restarts', 'NearestRestarts']
 
 # %% ../nbs/06_attack_base.ipynb #a74cba0d
 import copy
@@ -136,7 +136,7 @@ def as_criterion(
     else: kind, y = Misclassification, getattr(criterion, 'raw', criterion)
     if not isinstance(y, torch.Tensor): raise InputError(f'labels are {type(y).__name__}: give a torch tensor of class indices, shape ({n},)')
     check_labels(y, n)
-    return kind(y.detach().clone().long().to(device))
+    with torch.inference_mode(False): return kind(y.detach().clone().long().to(device))
 
 # %% ../nbs/06_attack_base.ipynb #fc7d46e6
 def random_targets(
@@ -187,10 +187,11 @@ def _radius(eps, fixed): # one of `epsilons`, checked
     return size
 
 def _grid(epsilons, fixed): # radii in a list, and whether they came as one
+    epsilons = getattr(epsilons, 'raw', epsilons) # of an eagerpy tensor
     if isinstance(epsilons, (torch.Tensor, np.ndarray)):
         if epsilons.ndim > 1: raise InputError(f'epsilons have shape {tuple(epsilons.shape)}: give one number, or a list of them')
         epsilons = epsilons.tolist()
-    many = isinstance(epsilons, Iterable) and not isinstance(epsilons, str)
+    many = isinstance(epsilons, Iterable) and not isinstance(epsilons, (str, bytes))
     radii = [_radius(eps, fixed) for eps in (epsilons if many else [epsilons])]
     if not radii: raise InputError('epsilons is an empty list: give a number or a list of numbers')
     return radii, many
@@ -266,7 +267,8 @@ def prepared(
         checked = CheckedModel(fmodel, None if classes is None else classes.raw)
         ready = PreparedModel(checked, given, given if within is x else within.to(device), unit)
         yield ready, ready.images, criterion
-        _tell_still(ready)
+        if isinstance(model, PreparedModel): note_still(model, ready.still, ready.looks) # an attack within another
+        else: _tell_still(ready)
 
 # %% ../nbs/06_attack_base.ipynb #1bb2e724
 def _crafted(attack, model, x, criterion, eps, kwargs): # what `run` gives, and the same within eps, as the user's images
@@ -312,6 +314,15 @@ def _rows(attack, model, x, criterion, grid, kwargs): # for every eps raw, clipp
         kept, success = _settled(judge, clipped, given, criterion)
         yield _undo(kept, raw, given) if fixed else raw, _undo(kept, clipped, given), success
 
+# %% ../nbs/06_attack_base.ipynb #97974805
+class Checked:
+    "Mixin: a setting goes through its check in `valid`, at construction and whenever it is changed."
+    valid = {} # name → function of the value and the name, which returns the value or raises `InputError`
+
+    def __setattr__(self, name, value):
+        checks = [vars(kind)['valid'][name] for kind in type(self).__mro__ if name in vars(kind).get('valid', {})]
+        super().__setattr__(name, checks[0](value, name) if checks else value)
+
 # %% ../nbs/06_attack_base.ipynb #95f22e01
 def _guarded(run): # a `run` that does not rely on `__call__` to have prepared everything
     @functools.wraps(run)
@@ -320,7 +331,7 @@ def _guarded(run): # a `run` that does not rely on `__call__` to have prepared e
         return self._alone(model, inputs, criterion, **kwargs)
     return guarded
 
-class PlainCall:
+class PlainCall(Checked):
     "Mixin, to stand before foolbox's `FixedEpsilonAttack` or `MinimizationAttack`: plain networks, checks and guarantees."
     exact = False # does `run` itself keep exactly to eps and the bounds?
     unit = True   # is `run` to work on pixels in [0, 1], whatever the range of the model?
@@ -388,10 +399,12 @@ def _turns(attack): return getattr(attack, 'turns', 1) # how many seeds an attac
 
 class Restarts(PlainCall, FixedEpsilonAttack):
     "An attack with seeds `attack.seed`, `attack.seed + 1`, …: the first that fools counts."
+    valid = dict(times=check_count)
+
     def __init__(self,
         attack,    # of a fixed radius
         times:int, # number of runs, at least 1
-    ): self.attack, self.times = attack, check_count(times, 'times')
+    ): self.attack, self.times = attack, times
 
     @property
     def distance(self): return self.attack.distance
@@ -416,10 +429,12 @@ class Restarts(PlainCall, FixedEpsilonAttack):
 # %% ../nbs/06_attack_base.ipynb #ed898500
 class NearestRestarts(PlainCall, MinimizationAttack):
     "A minimising attack with seeds `attack.seed`, `attack.seed + 1`, …: the nearest that fools counts."
+    valid = dict(times=check_count)
+
     def __init__(self,
         attack,    # that minimises
         times:int, # number of runs, at least 1
-    ): self.attack, self.times = attack, check_count(times, 'times')
+    ): self.attack, self.times = attack, times
 
     @property
     def distance(self): return self.attack.distance
@@ -434,7 +449,7 @@ class NearestRestarts(PlainCall, MinimizationAttack):
         (x, like), best = _images(inputs), None
         for attack in self._runs():
             found = attack(model, x, criterion, epsilons=grid, **kwargs)
-            best = found if best is None else self._nearer(x, best, found)
+            best = found if best is None or not len(x) else self._nearer(x, best, found)
         if not many: return like(best[0][0]), like(best[1][0]), like(best[2][0])
         return [like(t) for t in best[0]], [like(t) for t in best[1]], like(best[2])
 

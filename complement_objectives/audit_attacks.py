@@ -14,15 +14,15 @@ import math
 import pandas as pd
 import torch
 from fastcore.basics import patch
-from foolbox.attacks.base import FixedEpsilonAttack
+from foolbox.attacks.base import Attack, FixedEpsilonAttack
 from foolbox.criteria import Misclassification, TargetedMisclassification
 from functools import partial
 from types import SimpleNamespace
 
 from .attack_base import PlainCall, as_foolbox, fooled, goal, note_still, prepared
-from .core import InputError, check_count, derive_seed
-from .gradient_attacks import as_loss, check_finite, margin
-from .minimal_attacks import Checked, FMN, L2FMN, check_share, nearest_l2
+from .core import InputError, as_number, check_count, derive_seed
+from .gradient_attacks import as_loss, check_finite, check_seed, margin
+from .minimal_attacks import FMN, L2FMN, check_share, nearest_l2
 from .perturbation import (
     faces, input_gradient, sample_keys, start_noise, uniform_noise)
 
@@ -164,10 +164,11 @@ def ascend(
 def _missed(logits, y): return logits.argmax(1) != y
 def _reached(logits, target): return logits.argmax(1) == target
 
-class APGD(Checked, PlainCall, FixedEpsilonAttack):
+class APGD(PlainCall, FixedEpsilonAttack):
     "Auto-PGD in the L∞ ball: Croce & Hein (2020), Algorithm 1."
     distance, exact, ball = fb.distances.linf, True, LinfBall
-    valid = dict(steps=check_count, n_restarts=check_count, n_targets=check_count, budget=partial(check_count, none=True))
+    valid = dict(steps=check_count, n_restarts=check_count, n_targets=check_count, budget=partial(check_count, none=True),
+                 stop=lambda value, name: bool(value), seed=check_seed)
 
     def __init__(self, *,
         loss='cross-entropy',  # 'cross-entropy', 'dlr', or any other that `as_loss` takes
@@ -322,10 +323,10 @@ def _check_scores(bad): # (N,) booleans
     if bad.any(): raise InputError('a logit is NaN: check that the logits of the model are finite')
 
 # %% ../nbs/06d_audit_attacks.ipynb #7d89d19f
-class Square(Checked, PlainCall, FixedEpsilonAttack):
+class Square(PlainCall, FixedEpsilonAttack):
     "Square attack in the L∞ ball: Andriushchenko et al. (2020). Logits are all it uses."
     distance, exact = fb.distances.linf, True
-    valid = dict(n_queries=check_count, p=partial(check_share, one=True))
+    valid = dict(n_queries=check_count, p=partial(check_share, one=True), seed=check_seed)
 
     def __init__(self, *,
         n_queries:int=5000, # for each image, at most
@@ -369,7 +370,7 @@ def _one_norm(attacks, what):
     if len({a.distance.p for a in attacks}) > 1: raise InputError(f'the {what} have different norms: a radius means the same for all only within one norm')
     return attacks
 
-class WorstCase(Checked, PlainCall, FixedEpsilonAttack):
+class WorstCase(PlainCall, FixedEpsilonAttack):
     "Several attacks as one: an image is broken if one of them breaks it."
     valid = dict(attacks=_one_norm)
 
@@ -437,21 +438,23 @@ AUDIT_L2 = {'apgd-ce': L2APGD, 'apgd-dlr': partial(L2APGD, loss='dlr'), 'nearest
 # %% ../nbs/06d_audit_attacks.ipynb #61d4a2ab
 def _broken(attack, model, x, y, eps): # (N,) booleans; also for attacks of foolbox
     if isinstance(attack, PlainCall): return attack(model, x, y, epsilons=eps)[2]
-    with prepared(model, x, y) as (ready, images, criterion): return attack(ready, images, criterion, epsilons=ready.radius(eps, attack.distance.p))[2]
+    with prepared(model, x, y, unit=False) as (ready, images, criterion): return attack(ready, images, criterion, epsilons=eps)[2]
 
 def _radius_of(attack, eps): # a number, or by norm
     p = attack.distance.p
     if isinstance(eps, dict) and p not in eps: raise InputError(f'eps has radii for the norms {list(eps)}: {type(attack).__name__} needs one for {p}')
-    return eps[p] if isinstance(eps, dict) else eps
+    size = eps[p] if isinstance(eps, dict) else eps
+    return None if size is None else as_number(size, 'eps')
 
 def robust_accuracy(
     model,          # a network from pixels in [0, 1] to logits, or a foolbox model
     x:torch.Tensor, # (N, …) images in [0, 1], or within the bounds of the foolbox model
     y:torch.Tensor, # (N,) true classes
-    attacks,        # name → attack, cheap ones first, or a list of attacks; foolbox's too
+    attacks,        # name → attack, cheap ones first, or a list of attacks, or one; foolbox's too
     eps,            # radius of the ball; for attacks of several norms a radius for each, such as {math.inf: 0.1, 2: 0.5}
 )->pd.DataFrame:    # rows: 'clean', the attacks, 'worst case'; columns: accuracy alone and after all attacks so far
     "Share of images that are right under each attack, and under all of them."
+    if isinstance(attacks, Attack): attacks = [attacks]
     attacks = dict(attacks) if isinstance(attacks, dict) else {f'{i + 1} {type(a).__name__}': a for i, a in enumerate(attacks)}
     if not isinstance(eps, dict): _one_norm(attacks.values(), 'attacks')
     radii = {name: _radius_of(attack, eps) for name, attack in attacks.items()}
@@ -485,7 +488,7 @@ class Transfer(PlainCall, FixedEpsilonAttack):
 
     def made(self, x, criterion, epsilon): # on the source, in its range
         if isinstance(self.attack, PlainCall): return self.attack.craft(self.source, x, criterion, epsilon=epsilon)
-        with prepared(self.source, x, criterion) as (source, images, criterion):
-            return source.returned(self.attack(source, images, criterion, epsilons=source.radius(epsilon, self.distance.p))[1])
+        with prepared(self.source, x, criterion, unit=False) as (source, images, criterion):
+            return source.returned(self.attack(source, images, criterion, epsilons=epsilon)[1])
 
     def __repr__(self): return f'Transfer({self.attack!r}, source={type(self.source).__name__})'

@@ -98,7 +98,7 @@ def crafted(
     if isinstance(attack, PlainCall): return torch.cat([attack.craft(model, a, b, epsilon=eps) for a, b in parts])
     with as_foolbox(model, x) as m: # any other foolbox attack
         device = getattr(m, 'device', None) or x.device
-        def made(a, b): return attack(m, a.to(device, copy=True), Misclassification(b.to(device, copy=True)), epsilons=eps)[1]
+        def made(a, b): return attack(m, a.to(device, copy=True), Misclassification(b.to(device, torch.long, copy=True)), epsilons=eps)[1]
         return torch.cat([made(a, b).to(x.device) for a, b in parts])
 
 # %% ../nbs/07b_evaluation.ipynb #b86020b5

@@ -20,11 +20,11 @@ from functools import partial
 from torch import nn
 
 from .attack_base import (
-    PlainCall, as_criterion, goal, prepared, random_targets)
+    PlainCall, as_criterion, check_logits, goal, prepared, random_targets)
 from .core import (
     InputError, as_number, check_count, check_positive, weight_type)
-from .gradient_attacks import margin
-from .minimal_attacks import Checked, nearest_l2
+from .gradient_attacks import check_seed, margin
+from .minimal_attacks import nearest_l2
 from .perturbation import check_images, input_gradient, sample_keys
 
 # %% ../nbs/06c_optimization_attacks.ipynb #bce73861
@@ -215,11 +215,11 @@ def _real(value, what): # or None
     if value is not None and math.isnan(as_number(value, what)): raise InputError(f'{what} is NaN: it must be a number')
     return value
 
-class CarliniWagnerL2(Checked, PlainCall, MinimizationAttack):
+class CarliniWagnerL2(PlainCall, MinimizationAttack):
     "The L2 attack of Carlini and Wagner (2017): GCE Eq 8–10, RCE §2.3."
     distance = l2
     valid = dict(confidence=_confidence, binary_search_steps=check_count, steps=check_count, stepsize=check_positive,
-                 initial_const=partial(check_positive, none=True), tolerance=_real, start=_start)
+                 initial_const=partial(check_positive, none=True), tolerance=_real, seed=check_seed, start=_start)
 
     def __init__(self,
         confidence:float=0.,       # κ, the lead of the wanted class, ≥ 0
@@ -236,7 +236,8 @@ class CarliniWagnerL2(Checked, PlainCall, MinimizationAttack):
         self.initial_const, self.average_case, self.seed, self.tolerance, self.start = initial_const, average_case, seed, tolerance, start
 
     def __call__(self, model, inputs, criterion, *, epsilons, **kwargs):
-        if isinstance(inputs, (torch.Tensor, ep.Tensor)): criterion = self._goal(model, getattr(inputs, 'raw', inputs), criterion)
+        if isinstance(inputs, (torch.Tensor, ep.Tensor)):
+            with torch.inference_mode(False): criterion = self._goal(model, getattr(inputs, 'raw', inputs), criterion)
         return super().__call__(model, inputs, criterion, epsilons=epsilons, **kwargs)
 
     def run(self, model, inputs, criterion, *, starting_points=None, early_stop=None, **kwargs):
@@ -247,16 +248,18 @@ class CarliniWagnerL2(Checked, PlainCall, MinimizationAttack):
         return restore(ep.astensor(self._closest(model, images.raw, self._goal(model, images.raw, criterion), early_stop or 0., start)))
 
 # %% ../nbs/06c_optimization_attacks.ipynb #a92adf45
-def _n_classes(model, x): # K, from the model's answer to one image
+def _n_classes(model, x, classes): # K, from the model's answer to one image; the classes are checked
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore') # the attack itself will say it
-        with prepared(model, x[:1], torch.zeros(len(x[:1]), dtype=torch.long)) as (m, one, _): return m(one).shape[1]
+        with prepared(model, x[:1], torch.zeros(len(x[:1]), dtype=torch.long)) as (m, one, _): logits = m(one)
+        check_logits(logits, classes)
+    return logits.shape[1]
 
 def _aim(self, model, x, criterion): # classes and sign; in the average case drawn targets
     classes, sign = goal(as_criterion(criterion, len(x)))
     if not self.average_case or sign < 0 or not len(x): return classes, sign
     bounds = model.bounds if isinstance(model, fb.models.Model) else (0, 1)
-    return random_targets(sample_keys(x, self.seed, bounds), classes.to(x.device), _n_classes(model, x)), -1
+    return random_targets(sample_keys(x, self.seed, bounds), classes.to(x.device), _n_classes(model, x, classes)), -1
 
 def _goal(self, model, x, criterion):
     return criterion if isinstance(criterion, Goal) else Goal(*self._aim(model, x, criterion), self.confidence)
@@ -274,7 +277,7 @@ def gentle_stepsize(
     return stepsize*(distance/(4*stepsize*slope.flatten(1).norm(dim=1))).nan_to_num(1.).clamp(1/64, 1)
 
 # %% ../nbs/06c_optimization_attacks.ipynb #1e915f7b
-LOOKS = 4 # forward passes for the first gradient and the last looks
+LOOKS = 4 # forward passes for the first gradient and the last looks; in the average case one more counts the classes
 
 def _search(self, x, penalty, bounds, stop=0., **changes): # images that reach the goal; `x` where none was found
     f, const = linear_constant(x, penalty)
@@ -283,7 +286,7 @@ def _search(self, x, penalty, bounds, stop=0., **changes): # images that reach t
     settings |= dict(growth=4 if first is None else 10, bounds=bounds, stop=stop)
     settings['stepsize'] = gentle_stepsize(x, (f*const/2).sqrt(), self.stepsize, bounds)
     settings |= changes
-    settings.setdefault('passes', max(1, settings['searches']*settings['steps'] - LOOKS))
+    settings.setdefault('passes', max(1, settings['searches']*settings['steps'] - self.looks))
     const = const/2 if first is None else torch.full_like(const, first)
     return minimise_l2(x, penalty, const, rows=(f > 0).nonzero().flatten(), **settings)[0]
 
@@ -294,7 +297,7 @@ def _given(model, x, start): # a start from the caller, as `x`
     return (check_images(start, (low, high)) - low)/(high - low)
 
 def _warm(self, model, x, aim, bounds, stop, start): # the search from near the boundary
-    penalty, passes = partial(aim.penalty, model), self.binary_search_steps*self.steps - LOOKS - 1
+    penalty, passes = partial(aim.penalty, model), self.binary_search_steps*self.steps - self.looks - 1
     f, cold = linear_constant(x, penalty)
     if isinstance(start, torch.Tensor):
         start = _given(model, x, start)
@@ -314,7 +317,7 @@ def _warm(self, model, x, aim, bounds, stop, start): # the search from near the 
                        tolerance=self.tolerance, bounds=bounds, stop=stop, passes=passes)[0]
 
 def _found(self, model, x, aim, bounds, stop, start): # one phase
-    enough = self.binary_search_steps*self.steps >= 14 + LOOKS # for a start from elsewhere
+    enough = self.binary_search_steps*self.steps >= 14 + self.looks # for a start from elsewhere
     if isinstance(start, torch.Tensor) or start == 'nearest' and enough: return self._warm(model, x, aim, bounds, stop, start)
     return self._search(x, partial(aim.penalty, model), bounds, stop)
 
@@ -324,6 +327,7 @@ def _closest(self, model, x, aim, stop, start):
 
 CarliniWagnerL2._aim, CarliniWagnerL2._goal, CarliniWagnerL2._search, CarliniWagnerL2._warm = _aim, _goal, _search, _warm
 CarliniWagnerL2._found, CarliniWagnerL2._closest = _found, _closest
+CarliniWagnerL2.looks = property(lambda self: LOOKS + bool(self.average_case))
 
 # %% ../nbs/06c_optimization_attacks.ipynb #4fcb52d2
 def median_nll(

@@ -12,6 +12,7 @@ import foolbox as fb
 import math
 import torch
 from foolbox.attacks.base import MinimizationAttack, raise_if_kwargs
+from functools import partial
 from torch import nn
 
 from .attack_base import PlainCall, goal, note_still, random_targets
@@ -126,14 +127,21 @@ def _choose(attack, a, b, now, was, bounds): # features (N, k) to change, and wh
     return at, (S.gather(1, at) > 0) & (~new | (new.cumsum(1) <= left))
 
 # %% ../nbs/06b_saliency_attacks.ipynb #c29fae99
-def _check_settings(theta, gamma, steps, output, pairs, per_step, target, seed, batch_size):
-    if not math.isfinite(as_number(theta, 'theta')) or theta == 0: raise InputError(f'theta is {theta}: it must be a number other than 0, positive to brighten and negative to darken')
-    if not 0 < as_number(gamma, 'gamma') <= 1: raise InputError(f'gamma is {gamma}: it must lie in (0, 1], the share of features that may change')
-    if output not in ('softmax', 'logits'): raise InputError(f"output is {output!r}: it must be 'softmax' or 'logits'")
-    if target not in TARGETS: raise InputError(f'target is {target!r}: it must be one of {", ".join(TARGETS)}; or give TargetedMisclassification(classes)')
-    for name, value in dict(per_step=per_step, batch_size=batch_size).items(): check_count(value, name)
-    check_count(steps, 'steps', none=True); check_count(seed, 'seed', least=-2**63)
-    if pairs and per_step != 1: raise InputError('pairs=True changes two features a step: leave per_step at 1')
+def _theta(value, what):
+    if not math.isfinite(as_number(value, what)) or value == 0: raise InputError(f'theta is {value}: it must be a number other than 0, positive to brighten and negative to darken')
+    return value
+
+def _gamma(value, what):
+    if not 0 < as_number(value, what) <= 1: raise InputError(f'gamma is {value}: it must lie in (0, 1], the share of features that may change')
+    return value
+
+def _output(value, what):
+    if value not in ('softmax', 'logits'): raise InputError(f"output is {value!r}: it must be 'softmax' or 'logits'")
+    return value
+
+def _target(value, what):
+    if value not in TARGETS: raise InputError(f'target is {value!r}: it must be one of {", ".join(TARGETS)}; or give TargetedMisclassification(classes)')
+    return value
 
 def _check_reach(attack, x): # can these settings change an image at all?
     features, width = x[0].numel(), 2 if attack.pairs else 1
@@ -146,6 +154,8 @@ def _allowed(attack, features): return math.floor(attack.gamma*features + 1e-9) 
 class JSMA(PlainCall, MinimizationAttack):
     "Jacobian-based saliency map attack, RCE §2.3; with `pairs` the original of Papernot et al. (2016). Radii are numbers of changed features (L0)."
     distance = fb.distances.l0
+    valid = dict(theta=_theta, gamma=_gamma, steps=partial(check_count, none=True), output=_output, target=_target,
+                 per_step=check_count, seed=partial(check_count, least=-2**63), batch_size=check_count)
 
     def __init__(self,
         theta:float=1.,            # ε of RCE: added to a chosen feature, as a share of the pixel range; negative: taken away
@@ -159,9 +169,9 @@ class JSMA(PlainCall, MinimizationAttack):
         seed:int=0,                # for target='random'
         batch_size:int=128,        # images a forward pass; no influence on the result beyond rounding
     ):
-        _check_settings(theta, gamma, steps, output, pairs, per_step, target, seed, batch_size)
         self.theta, self.gamma, self.steps, self.output, self.pairs = theta, gamma, steps, output, pairs
         self.per_step, self.target, self.seed, self.batch_size = per_step, target, seed, batch_size
+        if pairs and per_step != 1: raise InputError('pairs=True changes two features a step: leave per_step at 1')
 
     def run(self, model, inputs, criterion, *, early_stop=None, on_step=None, **kwargs):
         "`on_step(images, features, counts)` hears of every step: indices (n,), (n, k), and bool (n, k)."

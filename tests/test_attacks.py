@@ -18,6 +18,7 @@ INF = float('inf')
 SHORT = dict(cw=dict(steps=20, binary_search_steps=1), cw_hc=dict(steps=20, binary_search_steps=1, confidence=0.5),
              square=dict(n_queries=60), apgd_ce=dict(steps=8), apgd_dlr=dict(steps=8), apgd_t=dict(steps=8, n_targets=2), fmn=dict(steps=15))
 NAMES = [name for name in ATTACKS if name != 'cw_wb']
+TIED = ['fmn', 'nearest_l2'] # they meet points that are equally far up to rounding, and may take the other
 GRADIENT = ['fgsm', 'bim', 'pgd', 'mim', 'ilcm']
 RANGES = [(0, 1), (-1, 1), (0, 255)]
 
@@ -89,7 +90,9 @@ def test_the_same_in_every_range(name):
         _, x_adv, ok = attack(model, given, y, epsilons=eps)
         assert torch.equal(ok, success), form
         assert torch.equal(ok, answers(model, x_adv) != y), form
-        assert ((x_adv - low)/width - expected).abs().max() < 1e-9, form
+        found = (x_adv - low)/width
+        if name in TIED: assert (attack.distance(x, found) - attack.distance(x, expected)).abs().max() < 1e-9, form
+        else: assert (found - expected).abs().max() < 1e-9, form
         assert within(x_adv, given, eps, (low, high)), form
         assert torch.equal(x_adv[~ok], given[~ok]), form
 
@@ -117,7 +120,9 @@ def test_the_same_in_every_range_towards_targets(name):
         model, width = fb.PyTorchModel(net, bounds=(0, 1), device='cpu').transform_bounds(r), r[1] - r[0]
         _, x_adv, ok = attack(model, r[0] + width*x, TargetedMisclassification(target), epsilons=radius(attack, 0.3, width))
         assert torch.equal(ok, success) and torch.equal(ok, answers(model, x_adv) == target)
-        assert ((x_adv - r[0])/width - expected).abs().max() < 1e-9
+        found = (x_adv - r[0])/width
+        if name in TIED: assert (attack.distance(x, found) - attack.distance(x, expected)).abs().max() < 1e-9
+        else: assert (found - expected).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize('settings', [dict(abs_stepsize=0.02), dict(rel_stepsize=0.3), dict(random_start=True), dict(step_rule='full')])
@@ -171,7 +176,9 @@ def test_run_is_as_safe_as_the_call(name):
     assert torch.equal(given, kept) and out.dtype == given.dtype and [p.requires_grad for p in net.parameters()] == flags
     assert within(out, given, eps if word == 'epsilon' else None, (-1, 1))
     assert torch.equal(out, attack.run(model, given, y, **{word: eps})) # labels will do
-    assert ((out + 1)/2 - attack.run(net, x, y, **{word: radius(attack)})).abs().max() < 1e-9 # a plain network, too
+    plain = attack.run(net, x, y, **{word: radius(attack)}) # a plain network, too
+    if name in TIED: assert (attack.distance(x, (out + 1)/2) - attack.distance(x, plain)).abs().max() < 1e-9
+    else: assert ((out + 1)/2 - plain).abs().max() < 1e-9
     with pytest.raises(InputError, match='pixels span'): attack.run(model, given*1.1, y, **{word: eps})
     with pytest.raises(InputError, match='one class index'): attack.run(model, given, y[:2], **{word: eps})
     with pytest.raises(InputError): attack.run(model, given, y, **{word: -0.1})
@@ -442,3 +449,101 @@ def test_the_excess_is_shown():
     for x, words in ((torch.tensor([[0., 1.001]]), '0.001 is too far out'), (torch.tensor([[-0.25, 1.]]), '0.25 is too far out')):
         with pytest.raises(InputError, match=words): check_images(x)
     with pytest.raises(InputError, match=r'\[0, 255\], 1 is too far out'): check_images(torch.tensor([[256.]]), (0, 255))
+
+
+# ------------------------------------------------------------------ settings changed later, other inputs of the same kinds
+
+LATER = [(FGSM, 'steps', 0), (PGD, 'steps', -1), (BIM, 'steps', '3'), (MIM, 'mu', -1), (MIM, 'mu', float('nan')), (ILCM, 'abs_stepsize', -0.1),
+         (PGD, 'rel_stepsize', -0.1), (PGD, 'step_rule', 'other'), (PGD, 'seed', 1.5), (JSMA, 'steps', -1), (JSMA, 'gamma', float('nan')), (JSMA, 'theta', 0),
+         (JSMA, 'per_step', 0), (JSMA, 'output', 'p'), (JSMA, 'target', 'next'), (JSMA, 'batch_size', 0), (APGD, 'seed', 'a'), (Square, 'seed', 0.5),
+         (CarliniWagnerL2, 'seed', 1.5), (APGD, 'steps', 0), (lambda: PGD().repeat(2), 'times', 0), (lambda: JSMA().repeat(2), 'times', -1)]
+
+@pytest.mark.parametrize('kind, name, value', LATER)
+def test_senseless_changes_are_refused(kind, name, value):
+    attack = kind()
+    with pytest.raises(InputError) as told: setattr(attack, name, value)
+    assert name.split('_')[0] in str(told.value).replace('step rule', 'step_rule') and '\n' not in str(told.value)
+
+
+def test_a_step_size_can_be_changed():
+    net, x = network(), images()
+    y, changed = answers(net, x), PGD(steps=5)
+    changed.rel_stepsize = 0.1
+    assert torch.equal(changed.craft(net, x, y, epsilon=0.1), PGD(steps=5, rel_stepsize=0.1).craft(net, x, y, epsilon=0.1))
+    mild = APGD(steps=3)
+    mild.stop = 0
+    assert torch.equal(mild(net, x, y, epsilons=0.1)[1], APGD(steps=3, stop=False)(net, x, y, epsilons=0.1)[1])
+
+
+@pytest.mark.parametrize('loss', [None, 3, ['margin']])
+def test_a_loss_that_is_none_is_refused(loss):
+    with pytest.raises(InputError, match='the loss is'): PGD(loss=loss)(network(), images(), torch.zeros(6).long(), epsilons=0.1)
+
+
+@pytest.mark.parametrize('kind', [JSMA, CarliniWagnerL2, PGD])
+def test_no_images_and_repeats(kind):
+    attack = kind().repeat(2)
+    raw, clipped, ok = attack(network(), images()[:0], torch.zeros(0).long(), epsilons=[0.1, 0.2])
+    assert len(raw) == 2 and clipped[1].shape == (0, 1, 6, 6) and ok.shape == (2, 0)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_everything_made_in_inference_mode(name):
+    net, x, attack = network(), images(), make(name)
+    expected = attack(net, x, answers(net, x), epsilons=radius(attack))
+    with torch.inference_mode():
+        given = images()
+        found = attack(net, given, answers(net, given), epsilons=radius(attack))
+    assert all(torch.equal(a.clone(), b) for a, b in zip(found, expected))
+
+
+def test_near_attacks_in_inference_mode():
+    net, x = network(), images()
+    for average in (False, True):
+        attack = CarliniWagnerL2(steps=20, binary_search_steps=2, average_case=average)
+        expected = attack(net, x, answers(net, x), epsilons=None)[1]
+        with torch.inference_mode(): assert torch.equal(attack(net, images(), answers(net, images()), epsilons=None)[1].clone(), expected)
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('shift', [5, -5])
+def test_labels_that_the_network_does_not_know(name, shift):
+    net, x, attack = network(), images(), make(name)
+    with pytest.raises(InputError, match='labels span'): attack(net, x, answers(net, x) + shift, epsilons=radius(attack))
+
+
+def passes(attack, n): # forward passes an image, of one that is slow to fool
+    net, seen = network(), []
+    net.register_forward_pre_hook(lambda module, images: seen.append(len(images[0])))
+    x = images(n)
+    y = answers(net, x)
+    seen.clear()
+    attack(net, x, y, epsilons=None)
+    return sum(seen)/n
+
+@pytest.mark.parametrize('n', [1, 5])
+@pytest.mark.parametrize('start', ['cold', 'nearest'])
+@pytest.mark.parametrize('searches, steps', [(1, 10), (2, 20), (9, 10), (3, 50)])
+def test_the_average_case_costs_no_more_than_asked_for(n, start, searches, steps):
+    for tolerance in (0.005, -1):
+        attack = CarliniWagnerL2(binary_search_steps=searches, steps=steps, start=start, average_case=True, tolerance=tolerance)
+        assert passes(attack, n) <= searches*steps
+
+
+def test_attacks_within_attacks_are_told_once():
+    net, x = Loud(network(torch.float32), 1e4), images(20, torch.float32)
+    for attack in (worst_case([FGSM(), PGD(steps=3)]), worst_case([FGSM(), BIM(steps=3)], nearest=True), worst_case([FGSM()]).repeat(2)):
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter('always')
+            attack(net, x, answers(net, x), epsilons=[0.01, 0.02])
+        assert sum('exactly zero' in str(w.message) for w in heard) == 1
+
+
+@pytest.mark.parametrize('attack', [fb.attacks.LinfBasicIterativeAttack(abs_stepsize=1., steps=5, rel_stepsize=None), fb.attacks.L2CarliniWagnerAttack(steps=20, binary_search_steps=2)])
+def test_foolbox_attacks_do_in_robust_accuracy_what_they_do_alone(attack):
+    net, x = network(), 255*images(20)
+    model, eps = fb.PyTorchModel(net, bounds=(0, 1), device='cpu').transform_bounds((0, 255)), 15 if attack.distance.p == INF else 150
+    y = answers(model, x)
+    alone = attack(model, x, y, epsilons=eps)[2].double().mean().item()
+    for given in ([attack], attack): assert robust_accuracy(model, x, y, given, eps)['alone'].iloc[1] == pytest.approx(1 - alone)
+    with pytest.raises(InputError, match='eps is'): robust_accuracy(model, x, y, [attack], [eps, eps])

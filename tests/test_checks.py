@@ -13,6 +13,7 @@ from torch import nn
 
 from complement_objectives.audit_attacks import FMN, L2APGD, Square
 from complement_objectives.core import InputError
+from complement_objectives.evaluation import crafted
 from complement_objectives.gradient_attacks import FGSM, PGD
 from complement_objectives.hygiene import (
     broken, check_gradient_free, check_large_eps, check_losses, check_noise, check_randomness, check_steps, check_unbounded,
@@ -21,6 +22,7 @@ from complement_objectives.intervals import (
     fpr_interval, mean_interval, normals_needed, separation_interval, share_interval, tpr_interval)
 from complement_objectives.measures import (
     accuracy, auc_interval, chosen_pairs, correct, distortion, lost_gradients, mean_std, worst_case, zero_gradient_share)
+from complement_objectives.saliency_attacks import JSMA
 
 torch.set_num_threads(1)
 PGD10 = PGD(steps=10, rel_stepsize=0.25)
@@ -302,7 +304,7 @@ def test_radius_in_the_norm_of_the_claim():
     net, x, y = data()
     for eps in (torch.tensor(0.1), np.float32(0.1), torch.tensor([0.1])): assert hygiene(net, x, y, eps, FGSM()).attrs['eps'] == pytest.approx(0.1)
     for attack, eps in ((FGSM(), 1.5), (L2APGD(steps=2), -1), (L2APGD(steps=2), math.nan), (FGSM(), '0.1'), (L2APGD(steps=2), math.inf)):
-        with pytest.raises(InputError, match='eps is'): hygiene(net, x, y, eps, attack)
+        with pytest.raises(InputError, match='eps (is|must be)'): hygiene(net, x, y, eps, attack)
 
 
 # checks that cannot run
@@ -424,3 +426,36 @@ def test_attacks_without_a_limit(p):
     net, x, y = data()
     assert check_unbounded(net, x, y, p=p).measured > 0.9
     assert check_unbounded(net, x, y, FMN()).measured > 0.9
+
+
+# other inputs of the same kinds
+
+@pytest.mark.parametrize('change', [lambda v: v.clamp(0.02, 0.98), lambda v: v.clamp(0.01, 0.99), lambda v: v.clamp(0.1, 0.9), F.relu6, lambda v: F.hardtanh(2*v - 1)])
+def test_other_clamps_at_the_input_are_named(change):
+    net, x, _ = data()
+    model = Around(net, change)
+    leaf = torch.zeros(1, requires_grad=True)
+    if torch.autograd.grad(change(leaf).sum(), leaf)[0].item() != 0: pytest.skip('this torch has a gradient at the ends of a clamp')
+    found = check_zero_gradients(model, x, model(x).argmax(1))
+    assert found.passed is False and found.measured > 0.1 and 'clamps its input' in found.meaning
+
+
+@pytest.mark.parametrize('kind', [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_of_other_types(kind):
+    net, x, y = data()
+    plain, other = (hygiene(net, x, t, 0.1, PGD(steps=3), n_queries=5) for t in (y, y.to(kind)))
+    assert plain.drop(columns='limit').equals(other.drop(columns='limit'))
+    attack = fb.attacks.LinfPGD(steps=3, random_start=False)
+    assert broken(net, x, y, attack, 0.1).equal(broken(net, x, y.to(kind), attack, 0.1))
+    assert crafted(net, x, y, attack, 0.1).equal(crafted(net, x, y.to(kind), attack, 0.1))
+
+
+def test_attacks_with_words_of_their_own():
+    net, x, y = data()
+    report = hygiene(net, x, y, 0.5, fb.attacks.L2DeepFoolAttack(steps=5)) # its loss is called 'logits'
+    assert report.loc['zero gradients', 'passed'] is not None and 'takes no other loss' in report.loc['other losses', 'meaning']
+    report = hygiene(net, x, y, 3, JSMA(gamma=1.)) # steps=None
+    assert 'no number of steps' in report.loc['more steps', 'meaning']
+    assert hygiene(net, x, y, 0.1, PGD(steps=3), losses='margin', n_queries=5).loc['other losses', 'passed'] is not None
+    for attack in (PGD, 'pgd'):
+        with pytest.raises(InputError, match='the attack is'): hygiene(net, x, y, 0.1, attack)

@@ -348,3 +348,27 @@ def test_starting_points(make):
 def test_run_checks_the_bounds(attack):
     eps = {} if isinstance(attack, fb.attacks.base.MinimizationAttack) else dict(epsilon=0.1)
     with pytest.raises(InputError, match='must lie in'): attack.run(fb.PyTorchModel(NET, bounds=(0, 1), device='cpu'), 2*X, Y, **eps)
+
+
+class Level(nn.Module): # two classes lead together, and neither moves
+    def forward(self, x): return torch.stack([x.flatten(1).sum(1)]*2 + [x.flatten(1)[:, 0]], 1)*self.by
+    def __init__(self, by): super().__init__(); self.by = by; self.eval()
+
+@pytest.mark.parametrize('attack', [FMN(steps=5), L2FMN(steps=5), DDN(steps=5), nearest_l2(9), CarliniWagnerL2(steps=20, binary_search_steps=2)], ids=repr)
+@pytest.mark.parametrize('by', [0., 1.])
+def test_a_margin_that_is_flat_and_zero_is_no_nan(attack, by):
+    _, x_adv, ok = attack(Level(by), X, torch.zeros(len(X)).long(), epsilons=None)
+    assert not ok.any() and torch.equal(x_adv, X)
+
+
+class Loud(nn.Module):
+    def forward(self, x): return 1e5*NET(x)
+
+def test_saturated_logits_are_told_by_ddn():
+    def told(attack):
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter('always')
+            attack(Loud().eval(), X, Y, epsilons=None)
+        return sum('exactly zero' in str(w.message) for w in heard)
+    assert told(DDN(steps=10)) == 1 and told(DDN(steps=10, loss='margin')) == 0 == told(L2FMN(steps=10))
+    assert told(nearest_l2(60)) == 0 # the margin has a gradient
