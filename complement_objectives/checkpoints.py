@@ -95,6 +95,12 @@ def _built(network:dict, where:str): # `create_model(**network)` on the meta dev
         with torch.device('meta'): return create_model(**network)
     except TypeError as e: raise InputError(f'{where}: {e}') from None
 
+def _check_names(info:dict, tensors:dict): # what the caller adds must not stand in for what the library writes
+    taken = sorted(info.keys() & {'format', 'reverse', 'weights_sha256', 'header_sha256'})
+    if taken: raise InputError(f"'{taken[0]}' is an entry that the library writes: choose another name")
+    strange = [name for name in tensors if not name.startswith('detector.')]
+    if strange: raise InputError(f"further tensors have names that start with 'detector.', '{strange[0]}' does not")
+
 def save_classifier(
     model:torch.nn.Module, # what `create_model` made, in a `ReverseLogits` or not
     network:dict,          # `name` of the network in `MODELS` and the arguments `create_model` was given
@@ -105,12 +111,14 @@ def save_classifier(
     "Write `model.safetensors` and `model.json`; `InputError` where `load_classifier` could not read them."
     folder, reverse = Path(folder), isinstance(model, ReverseLogits)
     state = (model.model if reverse else model).state_dict()
+    _check_names(info, tensors or {})
+    info = json.loads(json.dumps(info, default=_plain))
     unfit = _unfit(state, _built(network, 'cannot save'))
     if unfit: raise InputError(f'the weights are not those of the network {network} ({unfit}): give what create_model was given')
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(state | (tensors or {}), folder/'model.safetensors')
     header = dict(format=_format, network=network, reverse=reverse, weights_sha256=_sha256(folder/'model.safetensors'), versions=software_versions())
-    header = json.loads(json.dumps(header | info, default=_plain))
+    header = json.loads(json.dumps(header, default=_plain)) | info
     save_json(header | dict(header_sha256=_seal(header)), folder/'model.json')
     return folder
 

@@ -181,9 +181,9 @@ def main(
     if not sys.warnoptions: warnings.simplefilter('ignore')
     os.environ.setdefault('GOMP_SPINCOUNT', '1000')
     try: status = cli.main(args, prog_name='cobj', standalone_mode=False)
-    except click.exceptions.Abort: status = _say('interrupted: the same command continues where it was', 130)
+    except click.exceptions.Abort: status = _stopped()
     except click.ClickException as e: status = _say(f'error: {e.format_message()}', 2)
-    except (ValueError, RuntimeError, OSError) as e: status = _refused(e)
+    except Exception as e: status = _refused(e)
     sys.exit(status or 0)
 
 # %% ../nbs/12_cli.ipynb #9d9f4b92
@@ -191,9 +191,16 @@ def _say(message:str, status:int)->int: # one line on standard error
     click.echo(f"cobj: {' '.join(message.split())}", err=True)
     return status
 
+def _stopped()->int: # by Ctrl-C
+    return _say('interrupted: the same command continues where it was', 130)
+
+def _came_of_ctrl_c(error)->bool: # a library that was interrupted in its locks raises something else on the way out
+    return isinstance(error, KeyboardInterrupt) or error is not None and _came_of_ctrl_c(error.__context__)
+
 def _refused(error:Exception)->int: # bad input and a failed run are said; a fault of the library keeps its traceback
     from complement_objectives.core import InputError, RunFailed
+    if _came_of_ctrl_c(error): return _stopped()
     if isinstance(error, InputError): return _say(f'error: {error}', 2)
     if isinstance(error, RunFailed): return _say(f'failed: {error}', 1)
-    if isinstance(error, OSError) and error.filename: return _say(f'failed: {error.filename}: {error.strerror}', 1)
+    if isinstance(error, OSError) and error.filename: return _say(f'failed: {error.filename2 or error.filename}: {error.strerror}', 1)
     raise error

@@ -11,7 +11,7 @@ import math
 import pandas as pd
 import torch
 
-from .core import InputError
+from .core import InputError, check_positive
 
 # %% ../nbs/05_density.ipynb #9b7e6dc1
 def squared_distances(
@@ -97,7 +97,10 @@ def log_kernel_density(
     wide:bool=None,      # compute in float64; None: where it is needed
 )->torch.Tensor:         # (N,) log KD, at most 0; NaN for a vector that holds NaN or an infinity
     "Logarithm of the kernel density of RCE §3.4, centred and tile by tile; differentiable in `z`, twice."
-    points, sigma2, kept = points.detach(), float(sigma2), torch.promote_types(z.dtype, torch.float32)
+    points, sigma2 = points.detach(), check_positive(sigma2, 'sigma2')
+    if not len(points): raise InputError('no points: a density needs at least one')
+    kept = torch.promote_types(z.dtype, torch.float32)
+    if not len(z): return z.to(kept).sum(1)
     if centre:
         middle = points.double().mean(0)
         z, points = (z.double() - middle).to(kept), (points.double() - middle).to(kept)
@@ -154,6 +157,7 @@ def bandwidth_sweep(
 )->pd.Series:              # mean log-likelihood of a left-out point, for every σ² of the sweep
     "Leave-one-out likelihood at 2⁻¹⁴ … 2² times the mean squared distance in a class, and on to its peak, in steps of √2."
     features = features.detach()
+    if not len(features): raise InputError('no features: no bandwidth can be chosen')
     d2s = [_own_distances(s) for s in class_sets(features, labels, max_points, seed) if len(s) > 1]
     scale = sum(d.sum().item() for d in d2s) / max(1, sum(len(d)*(len(d) - 1) for d in d2s))
     if not scale > 0: raise InputError('no two features of one class differ: no bandwidth can be chosen, give sigma2')

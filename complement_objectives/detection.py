@@ -354,11 +354,14 @@ class Mahalanobis(Detector):
         z, means, nearest = hidden.double() - self.means_[0], self.means_ - self.means_[0], self._nearest
         rows = _rows(z, len(means))
         with torch.no_grad(): classes = torch.cat([nearest(part, means) for part in _parts(z.detach(), rows)])
-        return -((z - means[classes]).to(self.whitening_) @ self.whitening_).square().sum(1)
+        return -self._white(z - means[classes]).square().sum(1)
+
+    def _white(self, v): # (N, D) → (N, D), in float32 where the detector is kept in less
+        kept = torch.promote_types(self.whitening_.dtype, torch.float32)
+        return v.to(kept) @ self.whitening_.to(kept)
 
     def _nearest(self, z, means): # (N, D), (K, D) → (N,) which mean is nearest
-        white, centres = [v.to(self.whitening_) @ self.whitening_ for v in (z, means)]
-        return torch.cdist(white, centres, compute_mode='donot_use_mm_for_euclid_dist').argmin(1)
+        return torch.cdist(self._white(z), self._white(means), compute_mode='donot_use_mm_for_euclid_dist').argmin(1)
 
 def _rows(z, columns, max_memory=None): # of a matrix with so many columns, in the working memory
     return max(1, (max_memory or tile_memory(z.device)) // (8*columns))

@@ -92,7 +92,7 @@ def training_config(
     batch_size = check_count(batch_size, 'batch size')
     if epochs is None: epochs = recipe.epochs if preset is None else source.epochs(math.ceil(recipe.n_train/batch_size))
     epochs, seed = check_count(epochs, 'epochs'), check_count(seed, 'seed', 0)
-    if not isinstance(lr, Real) or not 0 < lr < math.inf: raise InputError(f'the learning rate must be a number above 0, got {lr!r}')
+    if not isinstance(lr, Real) or not 0 < lr < 1e37: raise InputError(f'the learning rate must be a number above 0 that float32 can hold, got {lr!r}')
     if adversarial is not None and not (isinstance(adversarial, Real) and 0 < adversarial <= 1):
         raise InputError(f'the ε of adversarial training must be in (0, 1], got {adversarial!r}')
     return TrainingConfig(dataset, model, objective, float(alpha), preset, epochs, batch_size, float(lr), augment, adversarial, precision, seed)

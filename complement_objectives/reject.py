@@ -19,7 +19,7 @@ from sklearn.exceptions import NotFittedError
 from torch import nn
 
 from .checkpoints import _format, load_classifier, load_tensors, save_classifier, save_tensors
-from .core import InputError, _plain, load_json, save_json, software_versions
+from .core import InputError, _plain, load_json, save_json, software_versions, weight_type
 from .detection import (
     DETECTORS, Detector, KernelDensity, _as_scores, _tensor, create_detector, usable)
 from .intervals import fpr_interval, separation_interval, tpr_interval
@@ -140,6 +140,7 @@ def tpr_at_fpr(
     fpr:float=0.05, # share of normal inputs that may be rejected
 )->float:           # in [0, 1]
     "Largest share of adversarial inputs rejected by a threshold that rejects at most `fpr` of the normal ones."
+    if not 0 <= fpr <= 1: raise InputError(f'fpr is {fpr}: it must lie in [0, 1]')
     below_normal, below_adversarial = rejection_curve(normal, adversarial)
     return below_adversarial.masked_fill(below_normal > fpr + 1e-12, 0.).max().item()
 
@@ -149,6 +150,7 @@ def fpr_at_tpr(
     tpr:float=0.95, # share of adversarial inputs that must be rejected
 )->float:           # in [0, 1]
     "Smallest share of normal inputs rejected by a threshold that rejects at least `tpr` of the adversarial ones."
+    if not 0 <= tpr <= 1: raise InputError(f'tpr is {tpr}: it must lie in [0, 1]')
     below_normal, below_adversarial = rejection_curve(normal, adversarial)
     return below_normal.masked_fill(below_adversarial < tpr - 1e-12, 1.).min().item()
 
@@ -180,9 +182,10 @@ class NamedLayer(nn.Module):
         layer:str,     # a name of `net.named_modules()`, 'avgpool' for instance
     ):
         super().__init__()
+        layer = str(layer)
         names = [name for name, _ in net.named_modules(remove_duplicate=False) if name]
         if layer not in names:
-            near = ' or '.join(difflib.get_close_matches(str(layer), names, n=3, cutoff=0.5))
+            near = ' or '.join(difflib.get_close_matches(layer, names, n=3, cutoff=0.5))
             hint = f'did you mean {near}?' if near else f"the last are {', '.join(names[-4:])}"
             raise InputError(f"{type(net).__name__} has no layer '{layer}': {hint}")
         self.net, self.layer = net, layer
@@ -239,7 +242,7 @@ class RobustClassifier(nn.Module):
     )->'RobustClassifier': # itself
         "Fit the detector on the network's hidden vectors; a threshold of `calibrate` is void."
         learned = copy.deepcopy(self.option.detector) # what fails, fails on the copy
-        learned.fit(*self._moved(forward_batches(self.model, self._images(x))[0], _tensor(y)), seed=seed)
+        learned.fit(*self._moved(forward_batches(self.model, _image_set(x))[0], _tensor(y)), seed=seed)
         if not self.option.given: self.option._put(math.nan, self.option.fpr)
         self.option.detector.__dict__.update(learned.__dict__)
         return self
@@ -249,13 +252,15 @@ class RobustClassifier(nn.Module):
         fpr:float=0.05,      # share of normal inputs that may be rejected
     )->'RobustClassifier':   # itself
         "Set the threshold, see `threshold_at`."
-        self.option.fit(*self._moved(*forward_batches(self.model, self._images(x))), fpr)
+        self.option.fit(*self._moved(*forward_batches(self.model, _image_set(x))), fpr)
         return self
 
     def _moved(self, *tensors): return [t.to(self.option.threshold_.device) for t in tensors]
 
-    def _images(self, x): # tensors as they are, arrays as the network takes them
-        return x if isinstance(x, torch.Tensor) else _tensor(x).to(next(self.model.parameters()))
+    def _images(self, x): # in the type that the network takes; arrays on its device, too
+        if not isinstance(x, torch.Tensor): x = _tensor(x).to(next((p.device for p in self.model.parameters()), 'cpu'))
+        kind = weight_type(self.model)
+        return x if kind in (None, x.dtype) else x.to(kind)
 
     def forward(self,
         x:torch.Tensor, # (N, C, H, W) pixels in [0, 1]
@@ -264,6 +269,12 @@ class RobustClassifier(nn.Module):
         answers, scores = self.option(*self.model.hidden_and_logits(x))
         fine = x.flatten(1).isfinite().all(1).view(-1, *[1]*(scores.ndim - 1)).to(scores.device)
         return torch.where(fine, answers, NOT_SURE), torch.where(fine, scores, math.nan)
+def _image_set(x): # images that something is learned from, as a tensor
+    x = _tensor(x)
+    if not len(x): raise InputError('there are no images to learn from')
+    bad = len(x) - x.flatten(1).isfinite().all(1).sum().item()
+    if bad: raise InputError(f'{bad} of the {len(x)} images hold NaN or infinity: mend them or leave them out')
+    return x
 
 # %% ../nbs/05a_reject.ipynb #962fe719
 _own_format = 'complement_objectives classifier built elsewhere 1' # of a network that is none of `MODELS`
@@ -295,7 +306,7 @@ def _check_network(network, weights): # are these weights of what `create_model(
     if apart: raise InputError(f"network is {network}, and the weights are of another ('{apart[0]}' differs): give what create_model was given")
 
 # %% ../nbs/05a_reject.ipynb #8cf10cf6
-_library = {'format', 'network', 'reverse', 'weights_sha256', 'header_sha256', 'versions', 'detector'} # entries that are not the caller's
+_library = {'format', 'network', 'reverse', 'weights_sha256', 'header_sha256', 'versions', 'detector', 'model', 'tensors'} # names that are not the caller's
 
 def save_robust(
     robust:RobustClassifier, # fitted and calibrated

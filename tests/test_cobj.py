@@ -158,6 +158,34 @@ def test_interrupted_study_continues(how, status, undisturbed, tmp_path):
     assert numbers(out) == numbers(undisturbed[0])
 
 
+@pytest.mark.parametrize('error', [RuntimeError('cannot release un-acquired lock'), AssertionError('not owned'), SystemError('no result')])
+def test_an_interruption_that_a_library_turned_into_another_error(error, capsys, monkeypatch):
+    def interrupted(*args):
+        try: raise KeyboardInterrupt
+        finally: raise error
+    monkeypatch.setattr('complement_objectives.saved.report_saved', interrupted)
+    with pytest.raises(SystemExit) as exit: main(['report', 'net'])
+    assert exit.value.code == 130 and capsys.readouterr().err == 'cobj: interrupted: the same command continues where it was\n'
+
+
+def test_an_interruption_in_the_lock_of_the_bar(capsys, monkeypatch):
+    from tqdm import tqdm
+    def acquire(*args, **kwargs): raise KeyboardInterrupt
+    def said(*args):
+        with monkeypatch.context() as m:
+            m.setattr(type(tqdm.get_lock()), 'acquire', acquire)
+            tqdm.write('one line')
+    monkeypatch.setattr('complement_objectives.saved.report_saved', said)
+    with pytest.raises(SystemExit) as exit: main(['report', 'net'])
+    assert exit.value.code == 130 and 'interrupted' in capsys.readouterr().err
+
+
+def test_a_fault_keeps_its_traceback(monkeypatch):
+    def fault(*args): raise TypeError('a fault of ours')
+    monkeypatch.setattr('complement_objectives.saved.report_saved', fault)
+    with pytest.raises(TypeError, match='of ours'): main(['report', 'net'])
+
+
 def header(folder): # of a trained network, without what depends on the clock
     return {k: v for k, v in json.loads((folder/'model.json').read_text()).items() if k != 'seconds'}
 

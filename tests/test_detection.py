@@ -20,7 +20,7 @@ from complement_objectives.detection import (
 from complement_objectives.models import Classifier, ReverseLogits, create_model
 from complement_objectives.reject import (
     NOT_SURE, NamedLayer, RejectOption, RobustClassifier, coverage, detection_metrics, export_robust, load_robust,
-    risk_coverage, save_robust, selective_accuracy, threshold_at)
+    fpr_at_tpr, risk_coverage, save_robust, selective_accuracy, threshold_at, tpr_at_fpr)
 
 torch.set_num_threads(1)
 LOGITS = [name for name, kind in DETECTORS.items() if kind.reads == 'logits']
@@ -78,6 +78,17 @@ def test_bandwidths_that_cannot_be_computed_with_are_refused():
     features, labels = clusters()
     with pytest.raises(InputError, match='float32 cannot hold'): KernelDensity(1e-60, dtype='float32').fit(features, labels)
     with pytest.raises(InputError, match='every density is 0'): KernelDensity(1e-320).fit(features, labels)
+
+@pytest.mark.parametrize('sigma2', [0, -1, math.nan, math.inf, None, 'wide', True])
+def test_a_density_needs_a_bandwidth(sigma2):
+    with pytest.raises(InputError, match='sigma2'): log_kernel_density(normal(2, 3), normal(4, 3), sigma2)
+
+def test_densities_of_nothing():
+    z = normal(0, 3).requires_grad_()
+    found = log_kernel_density(z, normal(4, 3), 1.)
+    assert found.shape == (0,) and torch.autograd.grad(found.sum(), z)[0].shape == z.shape
+    with pytest.raises(InputError, match='no points'): log_kernel_density(normal(2, 3), normal(0, 3), 1.)
+    with pytest.raises(InputError, match='no features'): select_sigma2(normal(0, 3), torch.zeros(0, dtype=torch.long))
 
 def test_sweep_goes_on_to_its_peak():
     points, labels = clusters(60, 2, 16, far=1e4)
@@ -189,6 +200,11 @@ def test_auc_ranks_infinities(seed):
 @pytest.mark.parametrize('f', [auroc, roc, detection_metrics, lambda a, b: threshold_at(a, 0.5), risk_coverage])
 def test_nan_scores_are_refused(f):
     with pytest.raises(InputError, match='NaN'): f([1., math.nan, 2.], [1., 0., 1.])
+
+@pytest.mark.parametrize('rate', [math.nan, -0.1, 1.1])
+def test_rates_outside_of_their_range_are_refused(rate):
+    for f in (tpr_at_fpr, fpr_at_tpr, threshold_at):
+        with pytest.raises(InputError, match='it must lie'): f(np.arange(99.), *([np.arange(9.)] if f is not threshold_at else []), rate)
 
 @pytest.mark.parametrize('n', [3, 10, 49, 97, 300])
 def test_auc_of_separated_scores_is_exactly_one(n):
@@ -350,6 +366,37 @@ def test_robust_classifier_takes_arrays():
     other = RobustClassifier(Small(), KernelDensity()).fit(x[:50].double().numpy(), y[:50].numpy()).calibrate(x[50:].numpy(), 0.2)
     assert other(x.numpy())[0].tolist() == robust(x)[0].tolist()
 
+@pytest.mark.parametrize('name', DETECTORS)
+@pytest.mark.parametrize('of', [torch.float16, torch.bfloat16, torch.float64])
+def test_a_network_of_another_type_takes_float32_images(name, of):
+    x, y = torch.rand(60, 1, 4, 4), torch.arange(60) % 4
+    robust = RobustClassifier(Small().to(of), create_detector(name)).fit(x[:40], y[:40]).calibrate(x[40:], 0.2)
+    (a, s), (b, t) = robust(x), robust(x.to(of))
+    assert a.tolist() == b.tolist() and s.tolist() == t.tolist() and (a != NOT_SURE).any()
+    for kind in (torch.bfloat16, torch.float16): # the whole classifier, detector and all
+        answers, scores = robust.to(kind)(x)
+        assert answers.shape == scores.shape == (60,)
+
+class NoWeights(nn.Module):
+    def hidden_and_logits(self, x): return (z := x.flatten(1)), z[:, :4]
+
+def test_a_network_without_weights_takes_arrays():
+    x, y = torch.rand(60, 1, 4, 4), torch.arange(60) % 4
+    robust = RobustClassifier(NoWeights(), Confidence()).fit(x, y).calibrate(x, 0.2)
+    assert robust(x.numpy())[0].tolist() == robust(x)[0].tolist()
+
+@pytest.mark.parametrize('name', DETECTORS)
+def test_images_that_nothing_can_be_learned_from(name):
+    robust, x, y = small_robust(name)
+    for bad in BAD:
+        spoilt = x.clone()
+        spoilt[3, 0, 1, 1] = bad
+        for call in (lambda: robust.fit(spoilt, y), lambda: robust.calibrate(spoilt)):
+            with pytest.raises(InputError, match='1 of the 80 images'): call()
+    for call in (lambda: robust.fit(x[:0], y[:0]), lambda: robust.calibrate(x[:0])):
+        with pytest.raises(InputError, match='no images'): call()
+    assert robust(x)[0].shape == (80,)
+
 # ---- scikit-learn ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name', DETECTORS)
@@ -494,6 +541,10 @@ def test_layers_that_cannot_be_used_are_told(layer, word):
     x, y = normal(40, 1, 6, 6), torch.arange(40) % 4
     with pytest.raises(InputError, match=word): RobustClassifier(Plain(twice=True), layer=layer).fit(x, y)
 
+def test_a_layer_by_its_number():
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.ReLU(), nn.Linear(5, 4)), normal(7, 1, 6, 6)
+    assert torch.equal(NamedLayer(net, 2).hidden(x), NamedLayer(net, '2').hidden(x))
+
 def test_hooks_are_removed_even_after_a_failure():
     net = Plain(twice=True)
     with pytest.raises(InputError): NamedLayer(net, 'act').hidden_and_logits(normal(2, 1, 6, 6))
@@ -522,6 +573,12 @@ def digits_robust(name='k-density', reverse=False, of=torch.float32, layer=None,
     if reverse: model = ReverseLogits(model)
     x, y = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(0)).to(of), torch.arange(60) % 4
     return RobustClassifier(model, create_detector(name, **settings), layer=layer).fit(x[:40], y[:40]).calibrate(x[40:], 0.2), x
+
+@pytest.mark.parametrize('entry', ['format', 'reverse', 'detector', 'weights_sha256', 'header_sha256', 'model', 'tensors'])
+def test_entries_of_the_library_are_not_the_callers(entry, tmp_path):
+    for network in (NETWORK, None):
+        with pytest.raises(InputError, match=f"'{entry}' is an entry"): save_robust(digits_robust('confidence')[0], network, tmp_path/'net', **{entry: 3})
+    assert not (tmp_path/'net').exists()
 
 CASES = [(name, {}) for name in DETECTORS] + [
     ('k-density', dict(sigma2=2.)), ('k-density', dict(sigma2=1e-60)), ('k-density', dict(sigma2=np.float32(3))), ('k-density', dict(max_points=None)),

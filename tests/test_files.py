@@ -154,6 +154,14 @@ def test_what_could_not_be_loaded_is_not_saved(network, tmp_path):
     assert not (tmp_path/'net').exists()
 
 
+@pytest.mark.parametrize('more', [dict(reverse=True), dict(format='mine'), dict(weights_sha256=''), dict(header_sha256=''), dict(tensors=dict(x=torch.ones(1))),
+                                  dict(tensors={'head.weight': torch.zeros(10, 64)})])
+def test_what_the_caller_adds_does_not_stand_in_for_what_the_library_writes(more, tmp_path):
+    with pytest.raises(InputError): save_classifier(digits_cnn(), dict(name='digits_cnn'), tmp_path/'net', **more)
+    with pytest.raises(TypeError): save_classifier(digits_cnn(), dict(name='digits_cnn'), tmp_path/'net', classes={1, 2})
+    assert not (tmp_path/'net').exists()
+
+
 # Runs that fail
 
 @pytest.mark.parametrize('objective', ['xe', 'cot', 'gce', 'rce'])
@@ -215,6 +223,11 @@ def test_a_study_that_diverges(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize('value', ['0', '-1', 'nan', 'inf', '-inf', '1e999', '', 'x', '1/0', '9' * 400 + '/1'])
 def test_numbers_of_a_training(option, value, capsys, tmp_path):
     said(capsys, 2, 'train', option, value, '--out', tmp_path/'net')
+    assert not (tmp_path/'net').exists()
+
+
+def test_a_learning_rate_beyond_float32(capsys, tmp_path):
+    for lr in ('1e38', '1e308'): assert 'learning rate' in said(capsys, 2, 'train', '--lr', lr, '--out', tmp_path/'net')
     assert not (tmp_path/'net').exists()
 
 
@@ -351,6 +364,15 @@ def test_detection_of_another_shape(attacked, capsys):
     for content in ([], None, {}, 3, dict(good, rows=3), dict(good, rows=[3]), dict(good, rows=[{}]), dict(good, fpr='x'), dict(good, threshold=None), dict(good, attacks=[])):
         path.write_text(json.dumps(content))
         assert 'detect.json' in said(capsys, 2, 'report', attacked)
+
+
+def test_a_folder_where_a_file_belongs(attacked, capsys):
+    (attacked/'report.html').mkdir()
+    assert 'report.html: Is a directory' in said(capsys, 1, 'report', attacked)
+    (attacked/'detect.json').unlink()
+    (attacked/'detect.json').mkdir()
+    assert '/detect.json: Is a directory' in said(capsys, 1, 'detect', attacked)
+    assert not list(attacked.glob('.*'))
 
 
 # Who judges a detector, and who sets its threshold
