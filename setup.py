@@ -18,7 +18,7 @@ setup(
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     classifiers=[f'Development Status :: {statuses[int(cfg["status"]) - 1]}', f'Intended Audience :: {cfg["audience"]}',
                  f'Natural Language :: {cfg["language"]}', 'Programming Language :: Python :: 3'],
-    packages=find_packages(include=[cfg['lib_name'], f'{cfg["lib_name"]}.*']), include_package_data=True, zip_safe=False,
+    packages=find_packages(include=[cfg['lib_name'], f'{cfg["lib_name"]}.*']), package_dir={'': '.'}, include_package_data=True, zip_safe=False,
     python_requires=f'>={cfg["min_python"]}',
     install_requires=cfg['requirements'].split(),
     extras_require=dict(dev=cfg['dev_requirements'].split()),

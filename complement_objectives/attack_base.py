@@ -344,7 +344,7 @@ class PlainCall(Checked):
         model,       # a network from pixels in [0, 1] to logits (N, K), or a foolbox model
         inputs,      # (N, …) images, floating point, within the bounds
         criterion,   # true classes (N,), or a foolbox criterion
-        *, epsilons, # radius or radii; None (only for attacks that minimise): no limit
+        *, epsilons=None, # radius or radii; None (only for attacks that minimise): no limit
         **kwargs,    # for `run`
     )->tuple:        # raw images, images within eps, success (N,); lists and (len(epsilons), N) for a list of radii
         "Attack; where it fails the image comes back unchanged."

@@ -272,10 +272,15 @@ def report_saved(
     folder, (_, header) = Path(folder), load_classifier(folder)
     training = header.get('training') or {}
     sections = {'Network': [_about(header, training), _settings(training)]}
-    if header.get('history'): sections['Training'] = [pd.DataFrame(header['history']).rename_axis('epoch').tail(5).round(4)]
+    if header.get('history'): sections['Training'] = _training_pieces(header['history'])
     if _attacks(folder): sections['Attacks'] = [*attack_words(folder), in_words(attack_results(folder))]
     if (folder/'detect.json').is_file(): sections['Detection'] = _detection_pieces(load_json(folder/'detect.json', _DETECTION), _attacks(folder))
     return write_report(folder/'report.html', f"{training.get('model', 'network')} on {training.get('dataset', '?')}, {training.get('objective', '?')}", sections)
+
+def _training_pieces(history, shown=5): # words and the table
+    table = pd.DataFrame(history).rename_axis('epoch')
+    words = f'The last {shown} of {len(table)} epochs, counted from 0.'
+    return [words] * (len(table) > shown) + [table.tail(shown).round(4)]
 
 # %% ../nbs/11a_saved.ipynb #424b66e8
 def _about(header, training)->str: # how good it is, and how it came about

@@ -194,13 +194,19 @@ class ComplementUpdate:
         opt,                 # primary optimizer, as the loop steps it
         complement_opt=None, # None: one like `opt`, following it; `opt`; or your own
         loss_func=None,      # complement objective; None: `ComplementEntropyLoss()`
-        **how,               # `forward`, `backward`, … as in `complement_step`
+        *,
+        forward=logits_and_classes, # (model, *batch) → logits (N, K, …), classes
+        backward=None,       # of the loop; None: divide the loss, scale it, backward
+        context=nullcontext, # makes a pass's context: `lambda: torch.autocast('cuda')`
+        scaler=None,         # `GradScaler`; None: that of `opt`, if any
+        clip=None,           # largest gradient norm, > 0, or a function of the parameters
     ):
         self.model, self.opt = model, opt
         self.follower = _Follower(opt) if complement_opt is None else None
         second = self.follower.opt if self.follower else complement_opt
         loss_func = ComplementEntropyLoss() if loss_func is None else loss_func
-        self.update = _Update(model, second, loss_func, opt, **how)
+        how = forward, backward, context, scaler, clip
+        self.update = _Update(model, second, loss_func, opt, *how)
         self.kept = []
         self._watch(_bare(opt))
         prepared = second is not opt and hasattr(second, 'gradient_state')
@@ -213,6 +219,9 @@ class ComplementUpdate:
         weight=None, # of this micro-batch's loss; None: 1/n, or as `backward` divides
     ):
         "Remember a micro-batch until the update it belongs to."
+        own = self.update.forward is not logits_and_classes
+        if not own and len(batch) < 2 and not (batch and isinstance(batch[0], Mapping)):
+            raise InputError('keep takes inputs and classes, or a dict with labels')
         batch = tuple(dict(b) if isinstance(b, Mapping) else b for b in batch)
         self.kept.append((batch, weight))
 
