@@ -177,7 +177,7 @@ def _gradients(model, x, y, batch_size, loss): # yields the gradients of the bat
     with asking(model, x, y) as (m, device):
         for a, b in zip(x.split(batch_size), y.split(batch_size)):
             leaf = a.to(device, wide, copy=True)
-            yield input_gradient(lambda z: m(z.to(x.dtype)), leaf, b.to(device, copy=True), loss)[0].flatten(1)
+            yield input_gradient(lambda z: m(z.to(x.dtype)), leaf, b.to(device, torch.long, copy=True), loss)[0].flatten(1)
 
 def zero_gradient_share(
     model,                # from pixels to logits, or a foolbox model

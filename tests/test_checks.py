@@ -459,3 +459,12 @@ def test_attacks_with_words_of_their_own():
     assert hygiene(net, x, y, 0.1, PGD(steps=3), losses='margin', n_queries=5).loc['other losses', 'passed'] is not None
     for attack in (PGD, 'pgd'):
         with pytest.raises(InputError, match='the attack is'): hygiene(net, x, y, 0.1, attack)
+
+
+@pytest.mark.parametrize('kind', [torch.int8, torch.int16, torch.int32, torch.uint8])
+def test_gradients_at_labels_of_any_integer_type(kind):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3)).eval()
+    x, y = torch.rand(6, 1, 4, 4), torch.arange(6) % 3
+    assert zero_gradient_share(net, x, y.to(kind)) == zero_gradient_share(net, x, y) == 0
+    assert lost_gradients(net, x, y.to(kind)) == lost_gradients(net, x, y)
