@@ -7,6 +7,7 @@ Trains LeNet-5 on MNIST and ResNet-20 on CIFAR-10 (padded crops, mirroring) thro
 taking turns, and prints training samples per second, median over the repeats, and the ratio. 'loading only' is the same
 pass over the batches without a network. fastai's loader has its default number of worker processes.
 """
+
 import argparse, gzip, shutil, tempfile, time
 from pathlib import Path
 from statistics import median
@@ -15,7 +16,7 @@ import pandas as pd
 import torch
 import torchvision.transforms as T
 from fastai.callback.core import Callback, CancelValidException
-from fastai.callback.progress import ProgressCallback # adds `Learner.no_bar`
+from fastai.callback.progress import ProgressCallback  # adds `Learner.no_bar`
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -26,64 +27,115 @@ from complement_objectives.core import pick_device
 from complement_objectives.data import PadCropFlip, dataloaders, load_data
 from complement_objectives.models import create_model
 
-CASES = {'LeNet-5, MNIST': ('mnist', 'lenet5', 12_800, 60_000), 'ResNet-20, CIFAR-10': ('cifar10', 'resnet20', 1_280, 50_000)}
+CASES = {
+    'LeNet-5, MNIST': ('mnist', 'lenet5', 12_800, 60_000),
+    'ResNet-20, CIFAR-10': ('cifar10', 'resnet20', 1_280, 50_000),
+}
 BATCH = 128
 
+
 class NoValidation(Callback):
-    def before_validate(self): raise CancelValidException
+    def before_validate(self):
+        raise CancelValidException
+
 
 def torchvision_set(name, root, folder):
     "The training set as torchvision serves it, with the usual transforms; MNIST unpacked into `folder`."
-    if name == 'cifar10': return CIFAR10(root, transform=T.Compose([T.RandomCrop(32, 4), T.RandomHorizontalFlip(), T.ToTensor()]))
-    raw = Path(folder)/'MNIST'/'raw'
+    if name == 'cifar10':
+        return CIFAR10(
+            root,
+            transform=T.Compose(
+                [T.RandomCrop(32, 4), T.RandomHorizontalFlip(), T.ToTensor()]
+            ),
+        )
+    raw = Path(folder) / 'MNIST' / 'raw'
     raw.mkdir(parents=True)
-    for path in (Path(root)/'MNIST'/'raw').glob('*.gz'):
-        with gzip.open(path) as packed, open(raw/path.stem, 'wb') as unpacked: shutil.copyfileobj(packed, unpacked)
+    for path in (Path(root) / 'MNIST' / 'raw').glob('*.gz'):
+        with gzip.open(path) as packed, open(raw / path.stem, 'wb') as unpacked:
+            shutil.copyfileobj(packed, unpacked)
     return MNIST(folder, transform=T.ToTensor())
+
 
 def loaders(name, n, root, folder, device):
     "Both kinds of `DataLoaders` over the same first `n` training images."
-    theirs, data = Subset(torchvision_set(name, root, folder), range(n)), load_data(name, root)
+    theirs, data = (
+        Subset(torchvision_set(name, root, folder), range(n)),
+        load_data(name, root),
+    )
     data.train_x, data.train_y = data.train_x[:n], data.train_y[:n]
-    ours = dataloaders(data, BATCH, device, augment=PadCropFlip() if name == 'cifar10' else None)
-    return {'torchvision': DataLoaders.from_dsets(theirs, theirs, bs=BATCH, device=device), 'dataloaders': ours}
+    ours = dataloaders(
+        data, BATCH, device, augment=PadCropFlip() if name == 'cifar10' else None
+    )
+    return {
+        'torchvision': DataLoaders.from_dsets(theirs, theirs, bs=BATCH, device=device),
+        'dataloaders': ours,
+    }
+
 
 def seconds(run, device):
     start = time.perf_counter()
     run()
-    if device.type == 'cuda': torch.cuda.synchronize()
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
     return time.perf_counter() - start
+
 
 def compare(runs, n, repeats, device):
     "Samples per second of each of `runs`, taking turns; the first turn is not counted."
     times = {kind: [] for kind in runs}
     for _ in range(repeats + 1):
-        for kind, run in runs.items(): times[kind].append(seconds(run, device))
-    return {kind: n/median(t[1:]) for kind, t in times.items()}
+        for kind, run in runs.items():
+            times[kind].append(seconds(run, device))
+    return {kind: n / median(t[1:]) for kind, t in times.items()}
+
 
 def training(dls, name, model):
-    learn = Learner(dls, create_model(model, in_channels=3 if name == 'cifar10' else 1), CrossEntropyLossFlat(), cbs=NoValidation())
+    learn = Learner(
+        dls,
+        create_model(model, in_channels=3 if name == 'cifar10' else 1),
+        CrossEntropyLossFlat(),
+        cbs=NoValidation(),
+    )
+
     def run():
-        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1, 1e-3)
+
     return run
+
 
 def loading(dls):
     def run():
-        for _ in dls.train: pass
+        for _ in dls.train:
+            pass
+
     return run
+
 
 def measure(case, root, repeats, device):
     name, model, few, every = CASES[case]
     n = every if device.type == 'cuda' else few
     with tempfile.TemporaryDirectory() as folder:
         kinds = loaders(name, n, root, folder, device)
-        for what, make in {'training': lambda dls: training(dls, name, model), 'loading only': loading}.items():
-            rates = compare({kind: make(dls) for kind, dls in kinds.items()}, n, repeats, device)
-            yield {'network, data': case, 'what': what, **{f'{kind} (samples/s)': round(r) for kind, r in rates.items()},
-                   'ratio': round(rates['dataloaders']/rates['torchvision'], 2)}
+        for what, make in {
+            'training': lambda dls: training(dls, name, model),
+            'loading only': loading,
+        }.items():
+            rates = compare(
+                {kind: make(dls) for kind, dls in kinds.items()}, n, repeats, device
+            )
+            yield {
+                'network, data': case,
+                'what': what,
+                **{f'{kind} (samples/s)': round(r) for kind, r in rates.items()},
+                'ratio': round(rates['dataloaders'] / rates['torchvision'], 2),
+            }
+
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--root', help='folder with the data sets')
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
@@ -93,7 +145,11 @@ def main():
     torch.set_num_threads(args.threads)
     device = pick_device(args.device)
     cases = [args.only] if args.only else CASES
-    rows = [row for case in cases for row in measure(case, args.root, args.repeats, device)]
+    rows = [
+        row for case in cases for row in measure(case, args.root, args.repeats, device)
+    ]
     print(pd.DataFrame(rows).to_string(index=False))
 
-if __name__ == '__main__': main()
+
+if __name__ == '__main__':
+    main()

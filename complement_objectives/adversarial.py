@@ -17,188 +17,320 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
-from .core import (
-    InputError, check_count, check_positive, choose, evaluating)
+from complement_objectives.core import (
+    InputError,
+    check_count,
+    check_positive,
+    choose,
+    evaluating,
+)
 from .learners import as_predicted, conceals
-from .perturbation import check_eps, input_gradient, linf_step, start_noise
+from complement_objectives.perturbation import (
+    check_eps,
+    input_gradient,
+    linf_step,
+    start_noise,
+)
 
 # %% ../nbs/04b_adversarial.ipynb #c39074e5
 def maximise(
-    model,          # from images to logits (N, K); its mode is taken as it is
-    x:torch.Tensor, # (N, …) clean images in [0, 1]
-    y,              # (N,) classes, or whatever `loss_func` wants
-    start,          # (N, …) where to begin, in the ball
-    eps:float,      # radius of the ball
-    step:float,     # how far a pixel moves in a step
-    steps:int,      # how many steps
-    loss_func,      # (logits, y) → one loss an image, (N,)
-)->torch.Tensor:    # (N, …) adversarial images, in the ball and in [0, 1]
+    model,  # from images to logits (N, K); its mode is taken as it is
+    x: torch.Tensor,  # (N, …) clean images in [0, 1]
+    y,  # (N,) classes, or whatever `loss_func` wants
+    start,  # (N, …) where to begin, in the ball
+    eps: float,  # radius of the ball
+    step: float,  # how far a pixel moves in a step
+    steps: int,  # how many steps
+    loss_func,  # (logits, y) → one loss an image, (N,)
+) -> torch.Tensor:  # (N, …) adversarial images, in the ball and in [0, 1]
     "Projected gradient ascent: the inner problem of GCE Eq 11."
     x_adv = start
-    for _ in range(steps): x_adv = linf_step(x_adv, x, input_gradient(model, x_adv, y, loss_func)[0], step, eps)
+    for _ in range(steps):
+        x_adv = linf_step(
+            x_adv, x, input_gradient(model, x_adv, y, loss_func)[0], step, eps
+        )
     return x_adv.detach()
 
 # %% ../nbs/04b_adversarial.ipynb #7455ce59
 def random_start(
-    x:torch.Tensor, # (N, …) images in [0, 1]
-    eps:float,      # radius of the ball
-)->torch.Tensor:    # uniform in the ball, cut to [0, 1]; drawn from torch's global generator
+    x: torch.Tensor,  # (N, …) images in [0, 1]
+    eps: float,  # radius of the ball
+) -> (
+    torch.Tensor
+):  # uniform in the ball, cut to [0, 1]; drawn from torch's global generator
     "A fresh start for every image and every epoch (Madry et al. 2018)."
     return (x + torch.empty_like(x).uniform_(-eps, eps)).clamp_(0, 1)
 
 # %% ../nbs/04b_adversarial.ipynb #4738a533
 def inner_cross_entropy(
-    outer_loss, # the learner's loss
-):              # (logits, y) → (N,), higher = more adversarial
+    outer_loss,  # the learner's loss
+):  # (logits, y) → (N,), higher = more adversarial
     "Cross-entropy of the logits as `outer_loss` reads them: negated for RCE."
     sign = -1 if conceals(outer_loss) else 1
-    return lambda logits, y: F.cross_entropy(sign*logits.float(), y, reduction='none')
+    return lambda logits, y: F.cross_entropy(sign * logits.float(), y, reduction='none')
 
 # %% ../nbs/04b_adversarial.ipynb #6b9ae224
 def kl_divergence(
-    log_p:torch.Tensor, # (N, K) log-probabilities
-    log_q:torch.Tensor, # (N, K) log-probabilities
-)->torch.Tensor:        # (N,) ≥ 0
+    log_p: torch.Tensor,  # (N, K) log-probabilities
+    log_q: torch.Tensor,  # (N, K) log-probabilities
+) -> torch.Tensor:  # (N,) ≥ 0
     "KL(p ‖ q) of each row."
     return F.kl_div(log_q, log_p, reduction='none', log_target=True).sum(-1)
 
 # %% ../nbs/04b_adversarial.ipynb #f66a5933
-def _bound(b): # a number, or one a channel, in double precision; None where it is neither
+def _bound(
+    b,
+):  # a number, or one a channel, in double precision; None where it is neither
     numbers = np.asarray(b.detach().cpu().double() if torch.is_tensor(b) else b)
-    return torch.from_numpy(numbers.astype(float)).flatten() if numbers.dtype.kind in 'iuf' else None
+    return (
+        torch.from_numpy(numbers.astype(float)).flatten()
+        if numbers.dtype.kind in 'iuf'
+        else None
+    )
 
-def _check_bounds(bounds): # two numbers, or two rows of numbers
-    pair = isinstance(bounds, (tuple, list, np.ndarray, torch.Tensor)) and getattr(bounds, 'ndim', 1) and len(bounds) == 2
+
+def _check_bounds(bounds):  # two numbers, or two rows of numbers
+    pair = (
+        isinstance(bounds, (tuple, list, np.ndarray, torch.Tensor))
+        and getattr(bounds, 'ndim', 1)
+        and len(bounds) == 2
+    )
     low, high = map(_bound, bounds) if pair else (None, None)
-    if low is None or high is None: raise InputError(f'bounds are {bounds!r}: give the smallest and the largest value of a pixel, as numbers or one a channel')
-    if len(low) != len(high) and 1 not in (len(low), len(high)): raise InputError(f'bounds are for {len(low)} and for {len(high)} channels: give as many of both')
-    if not (torch.isfinite(high - low) & (low < high)).all(): raise InputError(f'bounds are {bounds}: the first must be below the second')
+    if low is None or high is None:
+        raise InputError(
+            f'bounds are {bounds!r}: give the smallest and the largest value of a pixel, as numbers or one a channel'
+        )
+    if len(low) != len(high) and 1 not in (len(low), len(high)):
+        raise InputError(
+            f'bounds are for {len(low)} and for {len(high)} channels: give as many of both'
+        )
+    if not (torch.isfinite(high - low) & (low < high)).all():
+        raise InputError(f'bounds are {bounds}: the first must be below the second')
     return low, high
 
-def _pixel_range(learn): # of images that are in [0, 1] before the loader's normalisation
-    low, high = (torch.tensor(b, dtype=torch.double) for b in (0., 1.))
+
+def _pixel_range(
+    learn,
+):  # of images that are in [0, 1] before the loader's normalisation
+    low, high = (torch.tensor(b, dtype=torch.double) for b in (0.0, 1.0))
     after_batch = getattr(learn.dls.train, 'after_batch', None)
     for transform in getattr(after_batch, 'fs', [after_batch]):
-        if isinstance(transform, Normalize): low, high = ((b.to(transform.mean.device) - transform.mean)/transform.std for b in (low, high))
+        if isinstance(transform, Normalize):
+            low, high = (
+                (b.to(transform.mean.device) - transform.mean) / transform.std
+                for b in (low, high)
+            )
     return low, high
 
-def _same(images): return images
 
-def _per_channel(bound, x): # shaped so as to meet the images `x`
+def _same(images):
+    return images
+
+
+def _per_channel(bound, x):  # shaped so as to meet the images `x`
     n = bound.numel()
-    if n == 1: return bound.to(x).reshape(())
-    if x.ndim < 2 or x.shape[1] != n: raise InputError(f'bounds are for {n} channels: images of shape {tuple(x.shape)} have {x.shape[1] if x.ndim > 1 else 0}')
-    return bound.to(x).reshape(1, n, *[1]*(x.ndim - 2))
+    if n == 1:
+        return bound.to(x).reshape(())
+    if x.ndim < 2 or x.shape[1] != n:
+        raise InputError(
+            f'bounds are for {n} channels: images of shape {tuple(x.shape)} have {x.shape[1] if x.ndim > 1 else 0}'
+        )
+    return bound.to(x).reshape(1, n, *[1] * (x.ndim - 2))
 
 # %% ../nbs/04b_adversarial.ipynb #d20af956
 class AdversarialTraining(Callback):
     "Train on adversarial images: PGD on cross-entropy inside, the learner's own loss outside (GCE §5.3)."
+
     order, run_valid = MixedPrecision.order - 1, False
 
-    def __init__(self,
-        eps:float,         # radius of the L∞ ball, in (0, 1], in units of the pixel range
-        step:float=None,   # length of a step, in the same units; None for 2.5·eps/steps
-        steps:int=10,      # steps of the inner loop: GCE §5.3 takes 40 on MNIST, 10 on CIFAR-10
-        random:bool=True,  # start at a random point of the ball?
-        mode:str='eval',   # the network's mode in the inner loop, 'eval' or 'train'
-        inner_loss=None,   # (prediction, y) → (N,); None for `inner_cross_entropy`
-        trades:float=None, # β of TRADES; None for training on the adversarial images alone
-        bounds=None,       # smallest and largest value of a pixel, numbers or one a channel; None: from a fastai `Normalize` in the loader, else (0, 1)
+    def __init__(
+        self,
+        eps: float,  # radius of the L∞ ball, in (0, 1], in units of the pixel range
+        step: float = None,  # length of a step, in the same units; None for 2.5·eps/steps
+        steps: int = 10,  # steps of the inner loop: GCE §5.3 takes 40 on MNIST, 10 on CIFAR-10
+        random: bool = True,  # start at a random point of the ball?
+        mode: str = 'eval',  # the network's mode in the inner loop, 'eval' or 'train'
+        inner_loss=None,  # (prediction, y) → (N,); None for `inner_cross_entropy`
+        trades: float = None,  # β of TRADES; None for training on the adversarial images alone
+        bounds=None,  # smallest and largest value of a pixel, numbers or one a channel; None: from a fastai `Normalize` in the loader, else (0, 1)
     ):
-        steps, step = check_count(steps, 'steps'), check_positive(step, 'step', none=True)
+        steps, step = (
+            check_count(steps, 'steps'),
+            check_positive(step, 'step', none=True),
+        )
         trades = check_positive(trades, 'trades', zero=True, none=True)
-        if trades is not None and not random: raise InputError('TRADES needs a random start: at the image itself its inner loss has no gradient')
-        if inner_loss is not None and not callable(inner_loss): raise InputError(f'inner_loss is {inner_loss!r}: give a function of prediction and classes')
-        self.eps, self.steps, self.random, self.mode = check_eps(eps), steps, random, choose(mode, _modes, 'mode')
-        self.step = 2.5*self.eps/steps if step is None else step
+        if trades is not None and not random:
+            raise InputError(
+                'TRADES needs a random start: at the image itself its inner loss has no gradient'
+            )
+        if inner_loss is not None and not callable(inner_loss):
+            raise InputError(
+                f'inner_loss is {inner_loss!r}: give a function of prediction and classes'
+            )
+        self.eps, self.steps, self.random, self.mode = (
+            check_eps(eps),
+            steps,
+            random,
+            choose(mode, _modes, 'mode'),
+        )
+        self.step = 2.5 * self.eps / steps if step is None else step
         self.inner_loss, self.trades, self.x_adv = inner_loss, trades, None
         self.bounds = None if bounds is None else _check_bounds(bounds)
 
     def before_fit(self):
-        self._range, self._span = _pixel_range(self.learn) if self.bounds is None else self.bounds, None
-        self._plain = all(b.numel() == 1 and b.item() == i for i, b in enumerate(self._range)) # [0, 1] already
+        self._range, self._span = (
+            _pixel_range(self.learn) if self.bounds is None else self.bounds,
+            None,
+        )
+        self._plain = all(
+            b.numel() == 1 and b.item() == i for i, b in enumerate(self._range)
+        )  # [0, 1] already
+
     def before_batch(self):
         model = getattr(self.learn.model, 'module', self.learn.model)
-        with self.mode(model): self.x_adv = self._find(model, self.learn.xb[0], *self.learn.yb)
-        if self.trades is None: self.learn.xb = (self.x_adv, *self.learn.xb[1:])
+        with self.mode(model):
+            self.x_adv = self._find(model, self.learn.xb[0], *self.learn.yb)
+        if self.trades is None:
+            self.learn.xb = (self.x_adv, *self.learn.xb[1:])
 
-    def after_batch(self): self.x_adv = None
-    def after_train(self): self._check_span()
+    def after_batch(self):
+        self.x_adv = None
+
+    def after_train(self):
+        self._check_span()
+
 
 _modes = dict(eval=evaluating, train=nullcontext)
 
 # %% ../nbs/04b_adversarial.ipynb #c68881e9
 @patch
-def _predict(self:AdversarialTraining, model, images): # of images, as the learner's callbacks make it
+def _predict(
+    self: AdversarialTraining, model, images
+):  # of images, as the learner's callbacks make it
     learn = self.learn
     kept = learn.yb, getattr(learn, 'pred', None)
     pred = as_predicted(learn, model(images, *learn.xb[1:]))
     learn.yb, learn.pred = kept
     return pred
 
-@patch
-def _log_p(self:AdversarialTraining, pred): # log-probabilities, negated for RCE
-    return F.log_softmax((-pred if conceals(self.learn.loss_func) else pred).float(), -1)
 
 @patch
-def _to_unit(self:AdversarialTraining, x): # images in [0, 1], and the way back
-    if not x.is_floating_point(): raise InputError(f'images are {x.dtype}: convert them to floating point')
+def _log_p(self: AdversarialTraining, pred):  # log-probabilities, negated for RCE
+    return F.log_softmax(
+        (-pred if conceals(self.learn.loss_func) else pred).float(), -1
+    )
+
+
+@patch
+def _to_unit(self: AdversarialTraining, x):  # images in [0, 1], and the way back
+    if not x.is_floating_point():
+        raise InputError(f'images are {x.dtype}: convert them to floating point')
     low, high = (_per_channel(b, x) for b in self._range)
-    unit = x if self._plain else (x - low)/(high - low)
+    unit = x if self._plain else (x - low) / (high - low)
     self._look(unit)
-    if self._plain: return unit, _same
+    if self._plain:
+        return unit, _same
     unit = unit.clamp(0, 1)
-    return unit, lambda moved: (x + (moved - unit)*(high - low)).clamp(low, high)
+    return unit, lambda moved: (x + (moved - unit) * (high - low)).clamp(low, high)
+
 
 @patch
-def _look(self:AdversarialTraining, unit): # at the first batch at once; what others span is asked when the epoch ends
+def _look(
+    self: AdversarialTraining, unit
+):  # at the first batch at once; what others span is asked when the epoch ends
     low, high = unit.detach().aminmax()
     first = self._span is None
-    self._span = torch.stack([low, high] if first else [low.minimum(self._span[0]), high.maximum(self._span[1])])
-    if first: self._check_span()
+    self._span = torch.stack(
+        [low, high]
+        if first
+        else [low.minimum(self._span[0]), high.maximum(self._span[1])]
+    )
+    if first:
+        self._check_span()
+
 
 @patch
-def _check_span(self:AdversarialTraining):
-    if self._span is None: return
-    (low, high), slack = self._span.tolist(), 16*torch.finfo(self._span.dtype).eps
+def _check_span(self: AdversarialTraining):
+    if self._span is None:
+        return
+    (low, high), slack = self._span.tolist(), 16 * torch.finfo(self._span.dtype).eps
     if not (low >= -slack and high <= 1 + slack):
-        raise InputError(f'images span [{low:.3g}, {high:.3g}] where the pixel range is [0, 1]: give their bounds=(low, high), as numbers or one a channel')
+        raise InputError(
+            f'images span [{low:.3g}, {high:.3g}] where the pixel range is [0, 1]: give their bounds=(low, high), as numbers or one a channel'
+        )
+
 
 @patch
-def _check_start(self:AdversarialTraining, answer, unit, y): # a loss of one's own may be at a standstill at the image itself
-    def steepest(images): return input_gradient(answer, images, y, self.inner_loss)[0].abs().flatten(1).amax(1)
-    here, nearby = steepest(unit), steepest((unit + self.eps*start_noise(unit)).clamp(0, 1))
-    if (here <= 1e-4*nearby).all() and nearby.any(): raise InputError('the inner loss has no gradient at the images themselves: give it a random start, random=True')
+def _check_start(
+    self: AdversarialTraining, answer, unit, y
+):  # a loss of one's own may be at a standstill at the image itself
+    def steepest(images):
+        return (
+            input_gradient(answer, images, y, self.inner_loss)[0]
+            .abs()
+            .flatten(1)
+            .amax(1)
+        )
+
+    here, nearby = (
+        steepest(unit),
+        steepest((unit + self.eps * start_noise(unit)).clamp(0, 1)),
+    )
+    if (here <= 1e-4 * nearby).all() and nearby.any():
+        raise InputError(
+            'the inner loss has no gradient at the images themselves: give it a random start, random=True'
+        )
+
 
 @patch
-def _find(self:AdversarialTraining, model, x, y):
+def _find(self: AdversarialTraining, model, x, y):
     first = self._span is None
     unit, back = self._to_unit(x)
-    def answer(images): return self._predict(model, back(images))
+
+    def answer(images):
+        return self._predict(model, back(images))
+
     if first and self.inner_loss and not self.random:
-        with evaluating(model): self._check_start(answer, unit, y)
-    loss, start = self.inner_loss or inner_cross_entropy(self.learn.loss_func), random_start(unit, self.eps) if self.random else unit
+        with evaluating(model):
+            self._check_start(answer, unit, y)
+    loss, start = (
+        self.inner_loss or inner_cross_entropy(self.learn.loss_func),
+        random_start(unit, self.eps) if self.random else unit,
+    )
     if self.trades is not None:
-        with torch.no_grad(): log_p = self._log_p(answer(unit))
-        def loss(pred, y): return kl_divergence(log_p, self._log_p(pred))
+        with torch.no_grad():
+            log_p = self._log_p(answer(unit))
+
+        def loss(pred, y):
+            return kl_divergence(log_p, self._log_p(pred))
+
     return back(maximise(answer, unit, y, start, self.eps, self.step, self.steps, loss))
 
+
 @patch
-def after_loss(self:AdversarialTraining):
-    if self.trades is None: return
-    divergence = kl_divergence(self._log_p(self.learn.pred), self._log_p(self._predict(self.learn.model, self.x_adv))).mean()
-    self.learn.loss_grad = self.learn.loss_grad + self.trades*divergence
+def after_loss(self: AdversarialTraining):
+    if self.trades is None:
+        return
+    divergence = kl_divergence(
+        self._log_p(self.learn.pred),
+        self._log_p(self._predict(self.learn.model, self.x_adv)),
+    ).mean()
+    self.learn.loss_grad = self.learn.loss_grad + self.trades * divergence
     self.learn.loss = self.learn.loss_grad.detach().clone()
 
 # %% ../nbs/04b_adversarial.ipynb #16963d75
 @patch
 @delegates(AdversarialTraining)
-def to_adversarial(self:Learner,
-    eps:float, # radius of the L∞ ball
+def to_adversarial(
+    self: Learner,
+    eps: float,  # radius of the L∞ ball
     **kwargs,  # for `AdversarialTraining`
-)->Learner:    # itself
+) -> Learner:  # itself
     "Train on adversarial images from now on."
     return self.add_cb(AdversarialTraining(eps, **kwargs))
 
 # %% ../nbs/04b_adversarial.ipynb #03e25b1e
-MADRY = {'mnist': dict(eps=0.3, step=0.01, steps=40), 'cifar10': dict(eps=8/255, step=2/255, steps=10)}
+MADRY = {
+    'mnist': dict(eps=0.3, step=0.01, steps=40),
+    'cifar10': dict(eps=8 / 255, step=2 / 255, steps=10),
+}

@@ -21,428 +21,672 @@ from foolbox.attacks.base import Attack, FixedEpsilonAttack, MinimizationAttack
 from foolbox.criteria import Criterion, Misclassification, TargetedMisclassification
 from torch import nn
 
-from .core import (
-    InputError, as_number, check_count, evaluating, weight_type)
-from .perturbation import (
-    check_images, check_labels, frozen, project, sample_keys, uniform_noise)
+from complement_objectives.core import (
+    InputError,
+    as_number,
+    check_count,
+    evaluating,
+    weight_type,
+)
+from complement_objectives.perturbation import (
+    check_images,
+    check_labels,
+    frozen,
+    project,
+    sample_keys,
+    uniform_noise,
+)
 
 # %% ../nbs/06_attack_base.ipynb #cbe8cd92
 @contextmanager
 def under_attack(
-    model:nn.Module, # any network
-):                   # yields the network
+    model: nn.Module,  # any network
+):  # yields the network
     "Evaluation mode, frozen, gradients on; afterwards every module's `training` and every parameter's `requires_grad` and `grad` as before."
     grads = [(p, p.grad) for p in model.parameters()]
-    with evaluating(model), frozen(model), torch.inference_mode(False), torch.enable_grad():
-        try: yield model
+    with (
+        evaluating(model),
+        frozen(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        try:
+            yield model
         finally:
-            for p, grad in grads: p.grad = grad
+            for p, grad in grads:
+                p.grad = grad
 
 # %% ../nbs/06_attack_base.ipynb #76bc9314
-def _widened(logits, x): # logits at least as wide as the images and as float32
-    if not isinstance(logits, torch.Tensor): raise InputError(f'the model returns {type(logits).__name__}: it must return logits, shape (N, K)')
-    if not logits.is_floating_point(): return logits
+def _widened(logits, x):  # logits at least as wide as the images and as float32
+    if not isinstance(logits, torch.Tensor):
+        raise InputError(
+            f'the model returns {type(logits).__name__}: it must return logits, shape (N, K)'
+        )
+    if not logits.is_floating_point():
+        return logits
     wide = torch.promote_types(x.dtype, torch.float32)
     return logits.to(torch.promote_types(logits.dtype, wide))
 
+
 class PlainModel(fb.models.Model):
     "A network on pixels in [0, 1] as a foolbox model."
+
     data_format, bounds = 'channels_first', fb.types.Bounds(0, 1)
 
-    def __init__(self,
-        model:nn.Module, # from pixels to logits
-        device=None,     # where it is
-    ): self.model, self.device, self.dtype = model, device, weight_type(model)
+    def __init__(
+        self,
+        model: nn.Module,  # from pixels to logits
+        device=None,  # where it is
+    ):
+        self.model, self.device, self.dtype = model, device, weight_type(model)
 
     def __call__(self, inputs):
         images, restore = ep.astensor_(inputs)
         x = images.raw
         with torch.set_grad_enabled(x.requires_grad):
-            return restore(ep.astensor(_widened(self.model(x.to(self.dtype or x.dtype, copy=True)), x)))
+            return restore(
+                ep.astensor(
+                    _widened(self.model(x.to(self.dtype or x.dtype, copy=True)), x)
+                )
+            )
 
 # %% ../nbs/06_attack_base.ipynb #f05486d2
 class CopyingModel(fb.models.Model):
     "A foolbox model that gets a copy of the images, and may do with it what it likes."
-    def __init__(self, model): self.model = model
+
+    def __init__(self, model):
+        self.model = model
 
     @property
-    def bounds(self): return self.model.bounds
+    def bounds(self):
+        return self.model.bounds
 
-    def __getattr__(self, name): # data_format, device, …
-        if name == 'model': raise AttributeError(name)
+    def __getattr__(self, name):  # data_format, device, …
+        if name == 'model':
+            raise AttributeError(name)
         return getattr(self.model, name)
 
     def __call__(self, inputs):
         x, restore = ep.astensor_(inputs)
         return restore(ep.astensor(self.model(x.raw.clone())))
 
+
 COPYING = PlainModel, CopyingModel
+
 
 @contextmanager
 def as_foolbox(
-    model,          # a network from pixels in [0, 1] to logits, or a foolbox model
-    x:torch.Tensor, # the images
-):                  # yields a foolbox model
+    model,  # a network from pixels in [0, 1] to logits, or a foolbox model
+    x: torch.Tensor,  # the images
+):  # yields a foolbox model
     "A network as a foolbox model, `under_attack`; a foolbox model behind a `CopyingModel`."
     if isinstance(model, nn.Module):
         if any(m.training for m in model.modules()):
-            warnings.warn('the model is in training mode: it is attacked in evaluation mode and put back; call model.eval() first', stacklevel=5)
+            warnings.warn(
+                'the model is in training mode: it is attacked in evaluation mode and put back; call model.eval() first',
+                stacklevel=5,
+            )
         device = next((p.device for p in model.parameters()), x.device)
-        with under_attack(model): yield PlainModel(model, device)
+        with under_attack(model):
+            yield PlainModel(model, device)
     elif isinstance(model, fb.models.Model):
-        with torch.inference_mode(False), torch.enable_grad(): yield model if isinstance(model, COPYING) else CopyingModel(model)
-    else: raise InputError(f'the model is {type(model).__name__}: give a torch.nn.Module or a foolbox model')
+        with torch.inference_mode(False), torch.enable_grad():
+            yield model if isinstance(model, COPYING) else CopyingModel(model)
+    else:
+        raise InputError(
+            f'the model is {type(model).__name__}: give a torch.nn.Module or a foolbox model'
+        )
 
 # %% ../nbs/06_attack_base.ipynb #0e8da1e9
 def check_logits(
-    logits:torch.Tensor,       # what the model returned
-    classes:torch.Tensor=None, # class indices it is to be compared with
+    logits: torch.Tensor,  # what the model returned
+    classes: torch.Tensor = None,  # class indices it is to be compared with
 ):
     "`InputError` unless the output is (N, K), K ≥ 2, and the classes are among the K; a warning if it looks like probabilities."
-    if logits.ndim != 2: raise InputError(f'the model returns shape {tuple(logits.shape)}: it must return logits, shape (N, K)')
+    if logits.ndim != 2:
+        raise InputError(
+            f'the model returns shape {tuple(logits.shape)}: it must return logits, shape (N, K)'
+        )
     k = logits.shape[1]
-    if k < 2: raise InputError(f'the model returns {k} logit{"s"[k:]} an image: give one for each class, for a single output z torch.cat((-z, z), 1)')
-    if classes is not None and len(classes) and not (0 <= classes.min() and classes.max() < k):
-        raise InputError(f'labels span {classes.min().item()} to {classes.max().item()}: the model has {k} classes, 0 to {k - 1}')
+    if k < 2:
+        raise InputError(
+            f'the model returns {k} logit{"s"[k:]} an image: give one for each class, for a single output z torch.cat((-z, z), 1)'
+        )
+    if (
+        classes is not None
+        and len(classes)
+        and not (0 <= classes.min() and classes.max() < k)
+    ):
+        raise InputError(
+            f'labels span {classes.min().item()} to {classes.max().item()}: the model has {k} classes, 0 to {k - 1}'
+        )
     if len(logits) and (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():
-        warnings.warn('the outputs of the model look like probabilities: give logits, or gradients vanish and attacks look weak', stacklevel=2)
+        warnings.warn(
+            'the outputs of the model look like probabilities: give logits, or gradients vanish and attacks look weak',
+            stacklevel=2,
+        )
 
 # %% ../nbs/06_attack_base.ipynb #369473e8
 class CheckedModel(fb.models.Model):
     "A foolbox model whose first output goes through `check_logits`."
-    def __init__(self, model, classes=None): self.model, self.classes, self.seen = model, classes, False
+
+    def __init__(self, model, classes=None):
+        self.model, self.classes, self.seen = model, classes, False
 
     @property
-    def bounds(self): return self.model.bounds
+    def bounds(self):
+        return self.model.bounds
 
     def __call__(self, inputs):
         images, restore = ep.astensor_(inputs)
         x = images.raw
-        out = _widened(self.model(x if isinstance(self.model, COPYING) else x.clone()), x)
-        if not self.seen: check_logits(out.detach(), self.classes)
+        out = _widened(
+            self.model(x if isinstance(self.model, COPYING) else x.clone()), x
+        )
+        if not self.seen:
+            check_logits(out.detach(), self.classes)
         self.seen = True
         return restore(ep.astensor(out))
 
 # %% ../nbs/06_attack_base.ipynb #9c6cc84c
 def as_criterion(
-    criterion,   # true classes (N,), or a foolbox criterion
-    n:int,       # number of images
-    device=None, # where they go
-)->Criterion:    # its classes checked and on the device
+    criterion,  # true classes (N,), or a foolbox criterion
+    n: int,  # number of images
+    device=None,  # where they go
+) -> Criterion:  # its classes checked and on the device
     "What counts as success; class indices alone mean `Misclassification`."
-    if isinstance(criterion, Misclassification): kind, y = Misclassification, criterion.labels.raw
-    elif isinstance(criterion, TargetedMisclassification): kind, y = TargetedMisclassification, criterion.target_classes.raw
-    elif isinstance(criterion, Criterion): return criterion
-    else: kind, y = Misclassification, getattr(criterion, 'raw', criterion)
-    if not isinstance(y, torch.Tensor): raise InputError(f'labels are {type(y).__name__}: give a torch tensor of class indices, shape ({n},)')
+    if isinstance(criterion, Misclassification):
+        kind, y = Misclassification, criterion.labels.raw
+    elif isinstance(criterion, TargetedMisclassification):
+        kind, y = TargetedMisclassification, criterion.target_classes.raw
+    elif isinstance(criterion, Criterion):
+        return criterion
+    else:
+        kind, y = Misclassification, getattr(criterion, 'raw', criterion)
+    if not isinstance(y, torch.Tensor):
+        raise InputError(
+            f'labels are {type(y).__name__}: give a torch tensor of class indices, shape ({n},)'
+        )
     check_labels(y, n)
-    with torch.inference_mode(False): return kind(y.detach().clone().long().to(device))
+    with torch.inference_mode(False):
+        return kind(y.detach().clone().long().to(device))
 
 # %% ../nbs/06_attack_base.ipynb #fc7d46e6
 def random_targets(
-    keys:torch.Tensor, # (N,) from `sample_keys`
-    y:torch.Tensor,    # (N,) classes that are not to be drawn
-    n_classes:int,     # K, at least 2
-)->torch.Tensor:       # (N,) classes other than `y`
+    keys: torch.Tensor,  # (N,) from `sample_keys`
+    y: torch.Tensor,  # (N,) classes that are not to be drawn
+    n_classes: int,  # K, at least 2
+) -> torch.Tensor:  # (N,) classes other than `y`
     "A wrong class for every image, drawn uniformly by the image's own key."
     u = uniform_noise(keys, (1,))[:, 0]
-    return (y + 1 + (u*(n_classes - 1)).long()) % n_classes
+    return (y + 1 + (u * (n_classes - 1)).long()) % n_classes
 
 # %% ../nbs/06_attack_base.ipynb #427c0133
 def goal(
-    criterion, # true classes (N,), or a foolbox criterion
-)->tuple:      # classes (N,), and +1 to leave them or -1 to reach them
+    criterion,  # true classes (N,), or a foolbox criterion
+) -> tuple:  # classes (N,), and +1 to leave them or -1 to reach them
     "Which classes an attack looks at and whether it raises or lowers the loss there; `InputError` for other criteria."
-    criterion = criterion if isinstance(criterion, Criterion) else Misclassification(criterion)
-    if isinstance(criterion, Misclassification): return criterion.labels.raw, 1
-    if hasattr(criterion, 'target_classes'): return criterion.target_classes.raw, -1
-    raise InputError(f'{type(criterion).__name__} has no classes: use Misclassification or TargetedMisclassification')
+    criterion = (
+        criterion if isinstance(criterion, Criterion) else Misclassification(criterion)
+    )
+    if isinstance(criterion, Misclassification):
+        return criterion.labels.raw, 1
+    if hasattr(criterion, 'target_classes'):
+        return criterion.target_classes.raw, -1
+    raise InputError(
+        f'{type(criterion).__name__} has no classes: use Misclassification or TargetedMisclassification'
+    )
 
 # %% ../nbs/06_attack_base.ipynb #2163daa8
 def limit(
-    x_adv:torch.Tensor,  # any images
-    x:torch.Tensor,      # the images they came from, within the bounds
-    eps:float|None,      # radius; None: none
-    p:float,             # of the norm: 0, 1, 2, …, inf
-    bounds:tuple=(0, 1), # smallest and largest value of a pixel
-)->torch.Tensor:         # images with ‖x_adv - x‖ₚ ≤ eps, within the bounds
+    x_adv: torch.Tensor,  # any images
+    x: torch.Tensor,  # the images they came from, within the bounds
+    eps: float | None,  # radius; None: none
+    p: float,  # of the norm: 0, 1, 2, …, inf
+    bounds: tuple = (0, 1),  # smallest and largest value of a pixel
+) -> torch.Tensor:  # images with ‖x_adv - x‖ₚ ≤ eps, within the bounds
     "Into the ball along the line to `x`, or pixel by pixel for L∞; with L0, too many changed pixels bring back `x`."
-    if eps is None: return x_adv.clamp(*bounds)
-    if p == float('inf'): return project(x_adv, x, eps, bounds)
+    if eps is None:
+        return x_adv.clamp(*bounds)
+    if p == float('inf'):
+        return project(x_adv, x, eps, bounds)
     x_adv = torch.where(x_adv == x, x, x_adv.clamp(*bounds))
     delta = x_adv.double() - x.double()
-    share = (eps/delta.flatten(1).norm(p, dim=1)).nan_to_num(nan=1., posinf=1.).clamp_(max=1)
-    if p == 0: share = share.floor()
-    share = share.view(-1, *[1]*(x.ndim - 1))
-    out = (x.double() + share*delta).to(x.dtype)
-    outside = (out.double() - x.double()).abs() > (share*delta).abs()
-    return torch.where(share == 1, x_adv, torch.where(outside, torch.nextafter(out, x), out))
+    share = (
+        (eps / delta.flatten(1).norm(p, dim=1))
+        .nan_to_num(nan=1.0, posinf=1.0)
+        .clamp_(max=1)
+    )
+    if p == 0:
+        share = share.floor()
+    share = share.view(-1, *[1] * (x.ndim - 1))
+    out = (x.double() + share * delta).to(x.dtype)
+    outside = (out.double() - x.double()).abs() > (share * delta).abs()
+    return torch.where(
+        share == 1, x_adv, torch.where(outside, torch.nextafter(out, x), out)
+    )
 
 # %% ../nbs/06_attack_base.ipynb #366dd080
-def _radius(eps, fixed): # one of `epsilons`, checked
-    if eps is None and fixed: raise InputError('this attack needs an eps: give epsilons a number or a list of numbers')
-    if eps is None: return None
+def _radius(eps, fixed):  # one of `epsilons`, checked
+    if eps is None and fixed:
+        raise InputError(
+            'this attack needs an eps: give epsilons a number or a list of numbers'
+        )
+    if eps is None:
+        return None
     size = as_number(eps, 'eps')
-    if not size >= 0 or (fixed and size == float('inf')): raise InputError(f'eps is {eps}: it must be a number of at least 0{", and finite" if fixed else ""}')
+    if not size >= 0 or (fixed and size == float('inf')):
+        raise InputError(
+            f'eps is {eps}: it must be a number of at least 0{", and finite" if fixed else ""}'
+        )
     return size
 
-def _grid(epsilons, fixed): # radii in a list, and whether they came as one
-    epsilons = getattr(epsilons, 'raw', epsilons) # of an eagerpy tensor
+
+def _grid(epsilons, fixed):  # radii in a list, and whether they came as one
+    epsilons = getattr(epsilons, 'raw', epsilons)  # of an eagerpy tensor
     if isinstance(epsilons, (torch.Tensor, np.ndarray)):
-        if epsilons.ndim > 1: raise InputError(f'epsilons have shape {tuple(epsilons.shape)}: give one number, or a list of them')
+        if epsilons.ndim > 1:
+            raise InputError(
+                f'epsilons have shape {tuple(epsilons.shape)}: give one number, or a list of them'
+            )
         epsilons = epsilons.tolist()
     many = isinstance(epsilons, Iterable) and not isinstance(epsilons, (str, bytes))
     radii = [_radius(eps, fixed) for eps in (epsilons if many else [epsilons])]
-    if not radii: raise InputError('epsilons is an empty list: give a number or a list of numbers')
+    if not radii:
+        raise InputError(
+            'epsilons is an empty list: give a number or a list of numbers'
+        )
     return radii, many
 
-def _images(inputs): # torch images, and how to give back tensors like them
-    x, restore = ep.astensor_(inputs) if isinstance(inputs, (torch.Tensor, ep.Tensor)) else (None, None)
-    if x is None or not isinstance(x.raw, torch.Tensor): raise InputError(f'images are {type(inputs).__name__}: give a torch tensor')
+
+def _images(inputs):  # torch images, and how to give back tensors like them
+    x, restore = (
+        ep.astensor_(inputs)
+        if isinstance(inputs, (torch.Tensor, ep.Tensor))
+        else (None, None)
+    )
+    if x is None or not isinstance(x.raw, torch.Tensor):
+        raise InputError(f'images are {type(inputs).__name__}: give a torch tensor')
     return x.raw, lambda t: restore(ep.astensor(t.to(x.raw.device)))
 
 # %% ../nbs/06_attack_base.ipynb #8f6037c4
 class PreparedModel(fb.models.Model):
     "A checked model as an attack sees it: pixels in [0, 1], float32 or float64; and the way back to the images of the user."
+
     bounds = fb.types.Bounds(0, 1)
 
-    def __init__(self,
-        model:CheckedModel,  # of any range
-        given:torch.Tensor,  # (N, …) the user's images, on the model's device
-        within:torch.Tensor, # the same, cut to the bounds
-        unit:bool=True,      # bring the pixels to [0, 1]?
+    def __init__(
+        self,
+        model: CheckedModel,  # of any range
+        given: torch.Tensor,  # (N, …) the user's images, on the model's device
+        within: torch.Tensor,  # the same, cut to the bounds
+        unit: bool = True,  # bring the pixels to [0, 1]?
     ):
         self.model, self.given, (low, high) = model, given, model.bounds
-        self.mapped, own = unit and (low, high) != (0, 1), getattr(model.model, 'dtype', None)
-        self.bounds, self.width = (type(self).bounds, high - low) if unit else (model.bounds, 1)
-        self.scale = self.width*getattr(model.model, 'scale', 1) # for settings in the user's units
-        self.dtype = functools.reduce(torch.promote_types, [given.dtype, torch.float32] + [own]*isinstance(own, torch.dtype))
-        self.ends = [torch.tensor(float(v), dtype=self.dtype, device=given.device) for v in (low, high)]
-        self.same = within is given and not self.mapped and self.dtype == given.dtype # is the way there and back none?
-        self.images = within.detach().to(self.dtype, copy=True) # what the attack begins with
-        if self.mapped: self.images = self.images.sub_(low).div_(high - low)
-        self.still, self.looks = 0, 0 # gradients that were zero, and how many there were: see `note_still`
+        self.mapped, own = (
+            unit and (low, high) != (0, 1),
+            getattr(model.model, 'dtype', None),
+        )
+        self.bounds, self.width = (
+            (type(self).bounds, high - low) if unit else (model.bounds, 1)
+        )
+        self.scale = self.width * getattr(
+            model.model, 'scale', 1
+        )  # for settings in the user's units
+        self.dtype = functools.reduce(
+            torch.promote_types,
+            [given.dtype, torch.float32] + [own] * isinstance(own, torch.dtype),
+        )
+        self.ends = [
+            torch.tensor(float(v), dtype=self.dtype, device=given.device)
+            for v in (low, high)
+        ]
+        self.same = (
+            within is given and not self.mapped and self.dtype == given.dtype
+        )  # is the way there and back none?
+        self.images = within.detach().to(
+            self.dtype, copy=True
+        )  # what the attack begins with
+        if self.mapped:
+            self.images = self.images.sub_(low).div_(high - low)
+        self.still, self.looks = (
+            0,
+            0,
+        )  # gradients that were zero, and how many there were: see `note_still`
 
     def __call__(self, inputs):
         u, restore = ep.astensor_(inputs)
         return restore(ep.astensor(_widened(self.model(self.shown(u.raw)), u.raw)))
 
-    def shown(self, u): # images of an attack as the model gets them
+    def shown(self, u):  # images of an attack as the model gets them
         return (torch.lerp(*self.ends, u) if self.mapped else u).to(self.given.dtype)
 
-    def returned(self, u): # images of an attack as the user gets them
-        return u if self.same else torch.where(u == self.images, self.given, self.shown(u))
+    def returned(self, u):  # images of an attack as the user gets them
+        return (
+            u if self.same else torch.where(u == self.images, self.given, self.shown(u))
+        )
 
-    def radius(self, eps, p): # for the attack; a number of pixels is the same in every range
-        return eps if eps is None or p == 0 else eps/self.width
+    def radius(
+        self, eps, p
+    ):  # for the attack; a number of pixels is the same in every range
+        return eps if eps is None or p == 0 else eps / self.width
 
 # %% ../nbs/06_attack_base.ipynb #4b0d0379
 def note_still(
-    model,     # what `run` was given
-    still:int, # images that did not move because their gradient was zero, and were not fooled
-    looks:int, # of so many
+    model,  # what `run` was given
+    still: int,  # images that did not move because their gradient was zero, and were not fooled
+    looks: int,  # of so many
 ):
     "Let the call know, so that it can warn."
-    if isinstance(model, PreparedModel): model.still, model.looks = model.still + still, model.looks + looks
+    if isinstance(model, PreparedModel):
+        model.still, model.looks = model.still + still, model.looks + looks
+
 
 def _tell_still(model, share=0.1):
-    if model.looks and model.still >= share*model.looks:
-        warnings.warn(f'the gradient is exactly zero on {100*model.still/model.looks:.0f} % of the images, which stand only because the attack '
-                      "cannot move: the logits are saturated or cut off; try loss='margin' or 'dlr', or an attack without gradients", stacklevel=5)
+    if model.looks and model.still >= share * model.looks:
+        warnings.warn(
+            f'the gradient is exactly zero on {100 * model.still / model.looks:.0f} % of the images, which stand only because the attack '
+            "cannot move: the logits are saturated or cut off; try loss='margin' or 'dlr', or an attack without gradients",
+            stacklevel=5,
+        )
 
 # %% ../nbs/06_attack_base.ipynb #cf82631f
 @contextmanager
 def prepared(
-    model,           # a network or a foolbox model
-    x:torch.Tensor,  # (N, …) images
-    criterion,       # true classes (N,), or a foolbox criterion
-    unit:bool=True,  # bring the pixels to [0, 1]?
-):                   # yields `PreparedModel`, its images and the criterion, checked and on the model's device
+    model,  # a network or a foolbox model
+    x: torch.Tensor,  # (N, …) images
+    criterion,  # true classes (N,), or a foolbox criterion
+    unit: bool = True,  # bring the pixels to [0, 1]?
+):  # yields `PreparedModel`, its images and the criterion, checked and on the model's device
     "Check everything; leave no trace on the model."
     with as_foolbox(model, x) as fmodel:
-        device, within = getattr(fmodel, 'device', x.device), check_images(x, fmodel.bounds)
+        device, within = (
+            getattr(fmodel, 'device', x.device),
+            check_images(x, fmodel.bounds),
+        )
         given = x.detach().to(device)
         criterion = as_criterion(criterion, len(x), given.device)
-        classes = getattr(criterion, 'labels', getattr(criterion, 'target_classes', None))
+        classes = getattr(
+            criterion, 'labels', getattr(criterion, 'target_classes', None)
+        )
         checked = CheckedModel(fmodel, None if classes is None else classes.raw)
-        ready = PreparedModel(checked, given, given if within is x else within.to(device), unit)
+        ready = PreparedModel(
+            checked, given, given if within is x else within.to(device), unit
+        )
         yield ready, ready.images, criterion
-        if isinstance(model, PreparedModel): note_still(model, ready.still, ready.looks) # an attack within another
-        else: _tell_still(ready)
+        if isinstance(model, PreparedModel):
+            note_still(model, ready.still, ready.looks)  # an attack within another
+        else:
+            _tell_still(ready)
 
 # %% ../nbs/06_attack_base.ipynb #1bb2e724
-def _crafted(attack, model, x, criterion, eps, kwargs): # what `run` gives, and the same within eps, as the user's images
-    if not len(x): return model.given, model.given
-    p, name = attack.distance.p, 'epsilon' if isinstance(attack, FixedEpsilonAttack) else 'early_stop'
-    raw = attack.run(model, x, criterion, **{name: model.radius(eps, p)}, **kwargs).detach()
+def _crafted(
+    attack, model, x, criterion, eps, kwargs
+):  # what `run` gives, and the same within eps, as the user's images
+    if not len(x):
+        return model.given, model.given
+    p, name = (
+        attack.distance.p,
+        'epsilon' if isinstance(attack, FixedEpsilonAttack) else 'early_stop',
+    )
+    raw = attack.run(
+        model, x, criterion, **{name: model.radius(eps, p)}, **kwargs
+    ).detach()
     out = model.returned(raw)
-    return out, out if attack.exact and model.same else limit(out, model.given, eps, p, model.model.bounds)
+    return out, out if attack.exact and model.same else limit(
+        out, model.given, eps, p, model.model.bounds
+    )
+
 
 def fooled(
-    model,          # a network or a foolbox model
-    x:torch.Tensor, # (N, …) images
-    criterion,      # a foolbox criterion
-)->torch.Tensor:    # (N,) booleans
+    model,  # a network or a foolbox model
+    x: torch.Tensor,  # (N, …) images
+    criterion,  # a foolbox criterion
+) -> torch.Tensor:  # (N,) booleans
     "Which images satisfy the criterion."
-    if not len(x): return torch.zeros(0, dtype=torch.bool, device=x.device)
+    if not len(x):
+        return torch.zeros(0, dtype=torch.bool, device=x.device)
     own = isinstance(model, (*COPYING, CheckedModel, PreparedModel))
-    with torch.no_grad(): return criterion(x, model(x if own else x.clone()))
+    with torch.no_grad():
+        return criterion(x, model(x if own else x.clone()))
 
 # %% ../nbs/06_attack_base.ipynb #5027b5ff
-def _some(criterion, index): # the criterion for some of the images; None if it holds no classes
-    if not isinstance(criterion, (Misclassification, TargetedMisclassification)): return None
+def _some(
+    criterion, index
+):  # the criterion for some of the images; None if it holds no classes
+    if not isinstance(criterion, (Misclassification, TargetedMisclassification)):
+        return None
     classes, sign = goal(criterion)
-    return (Misclassification if sign > 0 else TargetedMisclassification)(classes[index])
+    return (Misclassification if sign > 0 else TargetedMisclassification)(
+        classes[index]
+    )
 
-def _settled(model, x_adv, x, criterion): # where `x_adv` is kept, and where what is returned satisfies the criterion
+
+def _settled(
+    model, x_adv, x, criterion
+):  # where `x_adv` is kept, and where what is returned satisfies the criterion
     kept = fooled(model, x_adv, criterion)
-    left, success = (~kept).nonzero()[:,0], kept.clone()
+    left, success = (~kept).nonzero()[:, 0], kept.clone()
     some = _some(criterion, left)
-    if len(left): success[left] = fooled(model, x, criterion)[left] if some is None else fooled(model, x[left], some)
+    if len(left):
+        success[left] = (
+            fooled(model, x, criterion)[left]
+            if some is None
+            else fooled(model, x[left], some)
+        )
     return kept, success
 
 # %% ../nbs/06_attack_base.ipynb #3034de9b
-def _undo(kept, x_adv, x): return torch.where(kept.view(-1, *[1]*(x.ndim - 1)), x_adv, x)
+def _undo(kept, x_adv, x):
+    return torch.where(kept.view(-1, *[1] * (x.ndim - 1)), x_adv, x)
 
-def _rows(attack, model, x, criterion, grid, kwargs): # for every eps raw, clipped, success
-    fixed, given, judge = isinstance(attack, FixedEpsilonAttack), model.given, model.model
+
+def _rows(
+    attack, model, x, criterion, grid, kwargs
+):  # for every eps raw, clipped, success
+    fixed, given, judge = (
+        isinstance(attack, FixedEpsilonAttack),
+        model.given,
+        model.model,
+    )
     stop = None if None in grid else min(grid, default=None)
     raw = None if fixed else _crafted(attack, model, x, criterion, stop, kwargs)[0]
     for eps in grid:
-        if fixed: raw, clipped = _crafted(attack, model, x, criterion, eps, kwargs)
-        else: clipped = limit(raw, given, eps, attack.distance.p, judge.bounds)
+        if fixed:
+            raw, clipped = _crafted(attack, model, x, criterion, eps, kwargs)
+        else:
+            clipped = limit(raw, given, eps, attack.distance.p, judge.bounds)
         kept, success = _settled(judge, clipped, given, criterion)
-        yield _undo(kept, raw, given) if fixed else raw, _undo(kept, clipped, given), success
+        yield (
+            _undo(kept, raw, given) if fixed else raw,
+            _undo(kept, clipped, given),
+            success,
+        )
 
 # %% ../nbs/06_attack_base.ipynb #97974805
 class Checked:
     "Mixin: a setting goes through its check in `valid`, at construction and whenever it is changed."
-    valid = {} # name → function of the value and the name, which returns the value or raises `InputError`
+
+    valid = {}  # name → function of the value and the name, which returns the value or raises `InputError`
 
     def __setattr__(self, name, value):
-        checks = [vars(kind)['valid'][name] for kind in type(self).__mro__ if name in vars(kind).get('valid', {})]
+        checks = [
+            vars(kind)['valid'][name]
+            for kind in type(self).__mro__
+            if name in vars(kind).get('valid', {})
+        ]
         super().__setattr__(name, checks[0](value, name) if checks else value)
 
 # %% ../nbs/06_attack_base.ipynb #95f22e01
-def _guarded(run): # a `run` that does not rely on `__call__` to have prepared everything
+def _guarded(
+    run,
+):  # a `run` that does not rely on `__call__` to have prepared everything
     @functools.wraps(run)
     def guarded(self, model, inputs, criterion, **kwargs):
-        if isinstance(model, PreparedModel): return run(self, model, inputs, criterion, **kwargs)
+        if isinstance(model, PreparedModel):
+            return run(self, model, inputs, criterion, **kwargs)
         return self._alone(model, inputs, criterion, **kwargs)
+
     return guarded
+
 
 class PlainCall(Checked):
     "Mixin, to stand before foolbox's `FixedEpsilonAttack` or `MinimizationAttack`: plain networks, checks and guarantees."
-    exact = False # does `run` itself keep exactly to eps and the bounds?
-    unit = True   # is `run` to work on pixels in [0, 1], whatever the range of the model?
+
+    exact = False  # does `run` itself keep exactly to eps and the bounds?
+    unit = (
+        True  # is `run` to work on pixels in [0, 1], whatever the range of the model?
+    )
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if 'run' in vars(cls): cls.run = _guarded(cls.run)
+        if 'run' in vars(cls):
+            cls.run = _guarded(cls.run)
 
-    def __call__(self,
-        model,       # a network from pixels in [0, 1] to logits (N, K), or a foolbox model
-        inputs,      # (N, …) images, floating point, within the bounds
-        criterion,   # true classes (N,), or a foolbox criterion
-        *, epsilons=None, # radius or radii; None (only for attacks that minimise): no limit
-        **kwargs,    # for `run`
-    )->tuple:        # raw images, images within eps, success (N,); lists and (len(epsilons), N) for a list of radii
+    def __call__(
+        self,
+        model,  # a network from pixels in [0, 1] to logits (N, K), or a foolbox model
+        inputs,  # (N, …) images, floating point, within the bounds
+        criterion,  # true classes (N,), or a foolbox criterion
+        *,
+        epsilons=None,  # radius or radii; None (only for attacks that minimise): no limit
+        **kwargs,  # for `run`
+    ) -> tuple:  # raw images, images within eps, success (N,); lists and (len(epsilons), N) for a list of radii
         "Attack; where it fails the image comes back unchanged."
         grid, many = _grid(epsilons, isinstance(self, FixedEpsilonAttack))
         x, like = _images(inputs)
         with prepared(model, x, criterion, self.unit) as (m, x, criterion):
             raw, clipped, success = zip(*_rows(self, m, x, criterion, grid, kwargs))
-        if not many: return like(raw[0]), like(clipped[0]), like(success[0])
-        return [like(t) for t in raw], [like(t) for t in clipped], like(torch.stack(success))
+        if not many:
+            return like(raw[0]), like(clipped[0]), like(success[0])
+        return (
+            [like(t) for t in raw],
+            [like(t) for t in clipped],
+            like(torch.stack(success)),
+        )
 
-    def _both(self, model, inputs, criterion, eps, kwargs): # what `run` gives, and the same within eps
+    def _both(
+        self, model, inputs, criterion, eps, kwargs
+    ):  # what `run` gives, and the same within eps
         eps = _radius(eps, isinstance(self, FixedEpsilonAttack))
         x, like = _images(inputs)
         with prepared(model, x, criterion, self.unit) as (m, x, criterion):
             return [like(t) for t in _crafted(self, m, x, criterion, eps, kwargs)]
 
-    def _alone(self, model, inputs, criterion, *, epsilon=None, early_stop=None, **kwargs): # `run` without `__call__`
+    def _alone(
+        self, model, inputs, criterion, *, epsilon=None, early_stop=None, **kwargs
+    ):  # `run` without `__call__`
         fixed = isinstance(self, FixedEpsilonAttack)
-        raw, clipped = self._both(model, inputs, criterion, epsilon if fixed else early_stop, kwargs)
-        return clipped if fixed else raw # early_stop is no limit
+        raw, clipped = self._both(
+            model, inputs, criterion, epsilon if fixed else early_stop, kwargs
+        )
+        return clipped if fixed else raw  # early_stop is no limit
 
-    def craft(self,
-        model,           # as above
-        inputs,          # as above
-        criterion,       # as above
-        *, epsilon=None, # radius
-        **kwargs,        # for `run`
-    )->torch.Tensor:     # perturbed images within the ball
+    def craft(
+        self,
+        model,  # as above
+        inputs,  # as above
+        criterion,  # as above
+        *,
+        epsilon=None,  # radius
+        **kwargs,  # for `run`
+    ) -> torch.Tensor:  # perturbed images within the ball
         "Only the perturbed images, whether or not they fool `model`: for transfer attacks."
         return self._both(model, inputs, criterion, epsilon, kwargs)[1]
 
-    def repeat(self,
-        times:int, # how many runs, with successive seeds
-    ):             # an attack
+    def repeat(
+        self,
+        times: int,  # how many runs, with successive seeds
+    ):  # an attack
         "The attack with several seeds: the first that fools counts, or the nearest if it minimises."
-        return (Restarts if isinstance(self, FixedEpsilonAttack) else NearestRestarts)(self, times)
+        return (Restarts if isinstance(self, FixedEpsilonAttack) else NearestRestarts)(
+            self, times
+        )
 
 # %% ../nbs/06_attack_base.ipynb #d91573f4
 def reseeded(
-    attack, # any attack
-    by:int, # how far
-):          # a copy; the attack stays as it is
+    attack,  # any attack
+    by: int,  # how far
+):  # a copy; the attack stays as it is
     "The attack with its seed moved on, and those of the attacks it is made of."
     other = copy.copy(attack)
     for name, v in vars(attack).items():
-        if name == 'seed': setattr(other, name, v + by)
-        elif isinstance(v, Attack): setattr(other, name, reseeded(v, by))
-        elif isinstance(v, (list, tuple)) and any(isinstance(a, Attack) for a in v): setattr(other, name, type(v)(reseeded(a, by) for a in v))
+        if name == 'seed':
+            setattr(other, name, v + by)
+        elif isinstance(v, Attack):
+            setattr(other, name, reseeded(v, by))
+        elif isinstance(v, (list, tuple)) and any(isinstance(a, Attack) for a in v):
+            setattr(other, name, type(v)(reseeded(a, by) for a in v))
     return other
 
-def _turns(attack): return getattr(attack, 'turns', 1) # how many seeds an attack uses up
+
+def _turns(attack):
+    return getattr(attack, 'turns', 1)  # how many seeds an attack uses up
+
 
 class Restarts(PlainCall, FixedEpsilonAttack):
     "An attack with seeds `attack.seed`, `attack.seed + 1`, …: the first that fools counts."
+
     valid = dict(times=check_count)
 
-    def __init__(self,
-        attack,    # of a fixed radius
-        times:int, # number of runs, at least 1
-    ): self.attack, self.times = attack, times
+    def __init__(
+        self,
+        attack,  # of a fixed radius
+        times: int,  # number of runs, at least 1
+    ):
+        self.attack, self.times = attack, times
 
     @property
-    def distance(self): return self.attack.distance
+    def distance(self):
+        return self.attack.distance
 
     @property
-    def exact(self): return self.attack.exact
+    def exact(self):
+        return self.attack.exact
 
     @property
-    def turns(self): return self.times*_turns(self.attack)
+    def turns(self):
+        return self.times * _turns(self.attack)
 
     def run(self, model, inputs, criterion, *, epsilon):
         best, left = inputs.clone(), torch.arange(len(inputs), device=inputs.device)
         classes, sign = goal(criterion)
         for i in range(self.times):
-            some = (Misclassification if sign > 0 else TargetedMisclassification)(classes[left])
-            attack = reseeded(self.attack, i*_turns(self.attack))
+            some = (Misclassification if sign > 0 else TargetedMisclassification)(
+                classes[left]
+            )
+            attack = reseeded(self.attack, i * _turns(self.attack))
             best[left] = x_adv = attack.run(model, inputs[left], some, epsilon=epsilon)
             left = left[~fooled(model, x_adv, some)]
-            if not len(left): break
+            if not len(left):
+                break
         return best
 
 # %% ../nbs/06_attack_base.ipynb #ed898500
 class NearestRestarts(PlainCall, MinimizationAttack):
     "A minimising attack with seeds `attack.seed`, `attack.seed + 1`, …: the nearest that fools counts."
+
     valid = dict(times=check_count)
 
-    def __init__(self,
-        attack,    # that minimises
-        times:int, # number of runs, at least 1
-    ): self.attack, self.times = attack, times
+    def __init__(
+        self,
+        attack,  # that minimises
+        times: int,  # number of runs, at least 1
+    ):
+        self.attack, self.times = attack, times
 
     @property
-    def distance(self): return self.attack.distance
+    def distance(self):
+        return self.attack.distance
 
     @property
-    def turns(self): return self.times*_turns(self.attack)
+    def turns(self):
+        return self.times * _turns(self.attack)
 
-    def _runs(self): return [reseeded(self.attack, i*_turns(self.attack)) for i in range(self.times)]
+    def _runs(self):
+        return [
+            reseeded(self.attack, i * _turns(self.attack)) for i in range(self.times)
+        ]
 
     def __call__(self, model, inputs, criterion, *, epsilons, **kwargs):
         grid, many = _grid(epsilons, False)
@@ -450,13 +694,20 @@ class NearestRestarts(PlainCall, MinimizationAttack):
         for attack in self._runs():
             found = attack(model, x, criterion, epsilons=grid, **kwargs)
             best = found if best is None or not len(x) else self._nearer(x, best, found)
-        if not many: return like(best[0][0]), like(best[1][0]), like(best[2][0])
+        if not many:
+            return like(best[0][0]), like(best[1][0]), like(best[2][0])
         return [like(t) for t in best[0]], [like(t) for t in best[1]], like(best[2])
 
-    def _nearer(self, x, a, b): # of two results, image by image and radius by radius
+    def _nearer(self, x, a, b):  # of two results, image by image and radius by radius
         size = [[self.distance(x, clipped) for clipped in one[1]] for one in (a, b)]
-        take = [new & (~old | (far < near)) for old, new, near, far in zip(a[2], b[2], *size)]
-        raw, clipped = ([_undo(t, new, old) for t, old, new in zip(take, a[i], b[i])] for i in (0, 1))
+        take = [
+            new & (~old | (far < near))
+            for old, new, near, far in zip(a[2], b[2], *size)
+        ]
+        raw, clipped = (
+            [_undo(t, new, old) for t, old, new in zip(take, a[i], b[i])]
+            for i in (0, 1)
+        )
         return raw, clipped, a[2] | b[2]
 
     def run(self, model, inputs, criterion, *, early_stop=None, **kwargs):

@@ -30,129 +30,248 @@ from .perturbation import *
 from .saliency_attacks import *
 
 # %% ../nbs/06e_attacks.ipynb #ff60b0ff
-_all_ = ['APGD', 'apgd_ce', 'apgd_dlr', 'apgd_t', 'APGDTargeted', 'as_loss', 'AUDIT',
-         'AUDIT_L2', 'BIM', 'CarliniWagnerL2', 'CarliniWagnerWB', 'check_eps',
-         'check_images', 'check_labels', 'cot_sum', 'cross_entropy', 'cw', 'cw_hc',
-         'cw_wb', 'DDN', 'ddn', 'dlr', 'faces', 'FGSM', 'FMN', 'fmn', 'fooled',
-         'frozen', 'goal', 'GradientAttack', 'ILCM', 'input_gradient', 'JSMA', 'jsma',
-         'jsma_pairs', 'L2APGD', 'L2FMN', 'least_likely', 'limit', 'linf_step',
-         'LOSSES', 'margin', 'median_nll', 'MIM', 'nearest_l2', 'NearestOf',
-         'NearestRestarts', 'PGD', 'PlainCall', 'project', 'Restarts',
-         'robust_accuracy', 'sample_keys', 'Square', 'square', 'start_noise',
-         'STEP_RULES', 'Transfer', 'under_attack', 'uniform_noise', 'worst_case',
-         'WorstCase']
+_all_ = [
+    'APGD',
+    'apgd_ce',
+    'apgd_dlr',
+    'apgd_t',
+    'APGDTargeted',
+    'as_loss',
+    'AUDIT',
+    'AUDIT_L2',
+    'BIM',
+    'CarliniWagnerL2',
+    'CarliniWagnerWB',
+    'check_eps',
+    'check_images',
+    'check_labels',
+    'cot_sum',
+    'cross_entropy',
+    'cw',
+    'cw_hc',
+    'cw_wb',
+    'DDN',
+    'ddn',
+    'dlr',
+    'faces',
+    'FGSM',
+    'FMN',
+    'fmn',
+    'fooled',
+    'frozen',
+    'goal',
+    'GradientAttack',
+    'ILCM',
+    'input_gradient',
+    'JSMA',
+    'jsma',
+    'jsma_pairs',
+    'L2APGD',
+    'L2FMN',
+    'least_likely',
+    'limit',
+    'linf_step',
+    'LOSSES',
+    'margin',
+    'median_nll',
+    'MIM',
+    'nearest_l2',
+    'NearestOf',
+    'NearestRestarts',
+    'PGD',
+    'PlainCall',
+    'project',
+    'Restarts',
+    'robust_accuracy',
+    'sample_keys',
+    'Square',
+    'square',
+    'start_noise',
+    'STEP_RULES',
+    'Transfer',
+    'under_attack',
+    'uniform_noise',
+    'worst_case',
+    'WorstCase',
+]
 
 # %% ../nbs/06e_attacks.ipynb #7633ae84
-def fgsm(**settings)->FGSM: # settings: anything of `FGSM`
+def fgsm(**settings) -> FGSM:  # settings: anything of `FGSM`
     "FGSM: GCE Eq 4, RCE §2.3."
     return FGSM(**settings)
 
-def bim(steps:int=10, **settings)->BIM: # settings: anything of `BIM`
+
+def bim(steps: int = 10, **settings) -> BIM:  # settings: anything of `BIM`
     "BIM: GCE Eq 5 and §5.2, ten steps of eps/10."
     return BIM(steps=steps, **settings)
 
-def pgd(steps:int=40, **settings)->PGD: # settings: anything of `PGD`
+
+def pgd(steps: int = 40, **settings) -> PGD:  # settings: anything of `PGD`
     "PGD: GCE §5.2, 40 steps, each of eps/30 as in the authors' script; with another number of steps they cross the ball."
-    if steps == 40 and not {'step_rule', 'rel_stepsize', 'abs_stepsize'} & set(settings): settings['step_rule'] = 'gce-script'
+    if steps == 40 and not {'step_rule', 'rel_stepsize', 'abs_stepsize'} & set(
+        settings
+    ):
+        settings['step_rule'] = 'gce-script'
     return PGD(steps=steps, **settings)
 
 # %% ../nbs/06e_attacks.ipynb #01a69172
-def mim(steps:int=40, **settings)->MIM: # settings: anything of `MIM`
+def mim(steps: int = 40, **settings) -> MIM:  # settings: anything of `MIM`
     "MIM: GCE Eq 6 and 7 and §5.2, 40 steps of eps/40, μ = 1."
     return MIM(steps=steps, **settings)
 
-def ilcm(steps:int=10, **settings)->ILCM: # settings: anything of `ILCM`
+
+def ilcm(steps: int = 10, **settings) -> ILCM:  # settings: anything of `ILCM`
     "ILCM: RCE §2.3, ten steps of eps/10 as in the authors' code."
     return ILCM(steps=steps, **settings)
 
 # %% ../nbs/06e_attacks.ipynb #77153d97
 ATTACKS = dict(
-    fgsm=fgsm, bim=bim, pgd=pgd, mim=mim, ilcm=ilcm, # in a ball
-    jsma=jsma, jsma_pairs=jsma_pairs, cw=cw, cw_hc=cw_hc, cw_wb=cw_wb, # as near as possible
-    ddn=ddn, nearest_l2=nearest_l2, fmn=fmn, # the same, to audit
-    apgd_ce=apgd_ce, apgd_dlr=apgd_dlr, apgd_t=apgd_t, square=square) # to audit
+    fgsm=fgsm,
+    bim=bim,
+    pgd=pgd,
+    mim=mim,
+    ilcm=ilcm,  # in a ball
+    jsma=jsma,
+    jsma_pairs=jsma_pairs,
+    cw=cw,
+    cw_hc=cw_hc,
+    cw_wb=cw_wb,  # as near as possible
+    ddn=ddn,
+    nearest_l2=nearest_l2,
+    fmn=fmn,  # the same, to audit
+    apgd_ce=apgd_ce,
+    apgd_dlr=apgd_dlr,
+    apgd_t=apgd_t,
+    square=square,
+)  # to audit
 
 SOURCES = dict(
-    fgsm='GCE Eq 4', bim='GCE Eq 5', pgd='GCE §4', mim='GCE Eq 6, 7', ilcm='RCE §2.3',
-    jsma='RCE §2.3, Fig 3', jsma_pairs='GCE §4, Table 3', cw='GCE Eq 8–10, §5.2',
-    cw_hc='RCE §4.3', cw_wb='RCE §4.4', ddn='Rony et al. 2019',
-    nearest_l2='DDN, DDN on the margin, L2FMN', fmn='Pintor et al. 2021',
-    apgd_ce='Croce & Hein 2020', apgd_dlr='Croce & Hein 2020',
-    apgd_t='Croce & Hein 2020', square='Andriushchenko et al. 2020')
+    fgsm='GCE Eq 4',
+    bim='GCE Eq 5',
+    pgd='GCE §4',
+    mim='GCE Eq 6, 7',
+    ilcm='RCE §2.3',
+    jsma='RCE §2.3, Fig 3',
+    jsma_pairs='GCE §4, Table 3',
+    cw='GCE Eq 8–10, §5.2',
+    cw_hc='RCE §4.3',
+    cw_wb='RCE §4.4',
+    ddn='Rony et al. 2019',
+    nearest_l2='DDN, DDN on the margin, L2FMN',
+    fmn='Pintor et al. 2021',
+    apgd_ce='Croce & Hein 2020',
+    apgd_dlr='Croce & Hein 2020',
+    apgd_t='Croce & Hein 2020',
+    square='Andriushchenko et al. 2020',
+)
 
 # %% ../nbs/06e_attacks.ipynb #7046bcab
-def _required(preset): # names of the arguments without a default
-    return [k for k, p in inspect.signature(preset).parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+def _required(preset):  # names of the arguments without a default
+    return [
+        k
+        for k, p in inspect.signature(preset).parameters.items()
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+
 
 def make_attack(
-    name:str,   # a key of `ATTACKS`
-    **settings, # for its preset
-):              # a foolbox attack
+    name: str,  # a key of `ATTACKS`
+    **settings,  # for its preset
+):  # a foolbox attack
     "A new attack, by name; `InputError` if the name is unknown or a setting is."
     preset = choose(name, ATTACKS, 'attack')
     missing = [k for k in _required(preset) if k not in settings]
-    if missing: raise InputError(f"attack '{name}' needs {' and '.join(missing)}: give them as keywords")
-    try: return preset(**settings)
-    except TypeError as e: raise InputError(f"attack '{name}': {e}") from None
+    if missing:
+        raise InputError(
+            f"attack '{name}' needs {' and '.join(missing)}: give them as keywords"
+        )
+    try:
+        return preset(**settings)
+    except TypeError as e:
+        raise InputError(f"attack '{name}': {e}") from None
 
 # %% ../nbs/06e_attacks.ipynb #8bb881aa
-def _start(attack): # where it sets out; empty for one that knows no choice
+def _start(attack):  # where it sets out; empty for one that knows no choice
     random = getattr(attack, 'random_start', None)
-    if random is not None: return 'random' if random else 'the image'
+    if random is not None:
+        return 'random' if random else 'the image'
     return getattr(attack, 'start', '')
 
-def _norm(attack): return f'L{attack.distance.p:g}'.replace('Linf', 'L∞')
 
-def attack_settings()->pd.DataFrame: # one row an attack; empty where an attack has no such setting
+def _norm(attack):
+    return f'L{attack.distance.p:g}'.replace('Linf', 'L∞')
+
+
+def attack_settings() -> (
+    pd.DataFrame
+):  # one row an attack; empty where an attack has no such setting
     "Norm, steps, step size, start and loss of every attack in `ATTACKS`, read off the attack objects."
     rows = []
     for name, preset in ATTACKS.items():
         a = preset(**dict.fromkeys(_required(preset)))
         steps = getattr(a, 'steps', None) or getattr(a, 'n_queries', None)
-        rows.append({'attack': name, 'norm': _norm(a), 'radius': 'eps' if isinstance(a, FixedEpsilonAttack) else 'smallest',
-                     'steps': '' if steps is None else steps, 'step rule': getattr(a, 'step_rule', ''), 'step / eps': getattr(a, 'rel_stepsize', ''),
-                     'start': _start(a), 'loss': getattr(a, 'loss', ''), 'source': SOURCES[name]})
+        rows.append(
+            {
+                'attack': name,
+                'norm': _norm(a),
+                'radius': 'eps' if isinstance(a, FixedEpsilonAttack) else 'smallest',
+                'steps': '' if steps is None else steps,
+                'step rule': getattr(a, 'step_rule', ''),
+                'step / eps': getattr(a, 'rel_stepsize', ''),
+                'start': _start(a),
+                'loss': getattr(a, 'loss', ''),
+                'source': SOURCES[name],
+            }
+        )
     return pd.DataFrame(rows, dtype=object).set_index('attack')
 
 # %% ../nbs/06e_attacks.ipynb #60ce12c0
 def radii(
-    name:str, # a key of `ATTACKS`
-    eps,      # L∞ radii
-)->list:      # `eps` for L∞ attacks; [None], run once at its own budget, for others
+    name: str,  # a key of `ATTACKS`
+    eps,  # L∞ radii
+) -> list:  # `eps` for L∞ attacks; [None], run once at its own budget, for others
     "At which radii a study that lists L∞ radii runs an attack."
     return list(eps) if settings_norm(name) == 'L∞' else [None]
 
+
 def settings_norm(
-    name:str, # a key of `ATTACKS`
-)->str:       # 'L∞', 'L2' or 'L0'
+    name: str,  # a key of `ATTACKS`
+) -> str:  # 'L∞', 'L2' or 'L0'
     "The norm in which an attack measures."
     preset = choose(name, ATTACKS, 'attack')
     return _norm(preset(**dict.fromkeys(_required(preset))))
 
 # %% ../nbs/06e_attacks.ipynb #a5cf5ffe
 def attack(
-    model:nn.Module,    # from pixels in [0, 1] to logits (N, K)
-    x:torch.Tensor,     # (N, …) images in [0, 1], floating point
-    y:torch.Tensor,     # (N,) true class indices
-    name:str,           # a key of `ATTACKS`
-    eps:float=None,     # radius in the attack's norm, in [0, 1] for L∞; None for no limit, where the attack minimises
+    model: nn.Module,  # from pixels in [0, 1] to logits (N, K)
+    x: torch.Tensor,  # (N, …) images in [0, 1], floating point
+    y: torch.Tensor,  # (N,) true class indices
+    name: str,  # a key of `ATTACKS`
+    eps: float = None,  # radius in the attack's norm, in [0, 1] for L∞; None for no limit, where the attack minimises
     *,
-    batch_size:int=512, # images at a time; has no influence on the result
-    seed:int=0,         # of random starts, squares and targets
-    device=None,        # where to compute; the model is moved there. Default: where it is
-    progress=None,      # called as progress(images done, images in all) after each batch
-    **settings,         # changes of the preset
-)->torch.Tensor:        # shape, dtype and device of `x`; an image on which the attack failed is unchanged
+    batch_size: int = 512,  # images at a time; has no influence on the result
+    seed: int = 0,  # of random starts, squares and targets
+    device=None,  # where to compute; the model is moved there. Default: where it is
+    progress=None,  # called as progress(images done, images in all) after each batch
+    **settings,  # changes of the preset
+) -> (
+    torch.Tensor
+):  # shape, dtype and device of `x`; an image on which the attack failed is unchanged
     "Attack `model`; `InputError` when an argument cannot be used."
     atk = make_attack(name, **settings)
-    if eps is not None and _norm(atk) == 'L∞': eps = check_eps(eps)
-    check_images(x); check_labels(y, len(x))
+    if eps is not None and _norm(atk) == 'L∞':
+        eps = check_eps(eps)
+    check_images(x)
+    check_labels(y, len(x))
     batch_size = check_count(batch_size, 'batch_size')
-    if hasattr(atk, 'seed'): atk.seed = check_count(seed, 'seed', least=-2**63)
-    if device is not None: model.to(device)
+    if hasattr(atk, 'seed'):
+        atk.seed = check_count(seed, 'seed', least=-(2**63))
+    if device is not None:
+        model.to(device)
     out = [x.detach()[:0].clone()]
     for i in range(0, len(x), batch_size):
         b = slice(i, i + batch_size)
         out.append(atk(model, x[b], y[b], epsilons=eps)[1])
-        if progress: progress(min(i + batch_size, len(x)), len(x))
+        if progress:
+            progress(min(i + batch_size, len(x)), len(x))
     return torch.cat(out)

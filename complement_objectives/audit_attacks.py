@@ -19,70 +19,121 @@ from foolbox.criteria import Misclassification, TargetedMisclassification
 from functools import partial
 from types import SimpleNamespace
 
-from .attack_base import PlainCall, as_foolbox, fooled, goal, note_still, prepared
+from complement_objectives.attack_base import (
+    PlainCall,
+    as_foolbox,
+    fooled,
+    goal,
+    note_still,
+    prepared,
+)
 from .core import InputError, as_number, check_count, derive_seed
-from .gradient_attacks import as_loss, check_finite, check_seed, margin
+from complement_objectives.gradient_attacks import (
+    as_loss,
+    check_finite,
+    check_seed,
+    margin,
+)
 from .minimal_attacks import FMN, L2FMN, check_share, nearest_l2
-from .perturbation import (
-    faces, input_gradient, sample_keys, start_noise, uniform_noise)
+from complement_objectives.perturbation import (
+    faces,
+    input_gradient,
+    sample_keys,
+    start_noise,
+    uniform_noise,
+)
 
 _all_ = ['FMN', 'L2FMN']
 
 # %% ../nbs/06d_audit_attacks.ipynb #3b62cdd5
 def dlr_targeted(
-    logits:torch.Tensor, # (N, K), K ≥ 4
-    y:torch.Tensor,      # (N,) true classes
-    target:torch.Tensor, # (N,) wrong classes
-)->torch.Tensor:         # (N,) positive where the target's logit exceeds that of the true class
+    logits: torch.Tensor,  # (N, K), K ≥ 4
+    y: torch.Tensor,  # (N,) true classes
+    target: torch.Tensor,  # (N,) wrong classes
+) -> (
+    torch.Tensor
+):  # (N,) positive where the target's logit exceeds that of the true class
     "Targeted difference of logits ratio: Croce & Hein (2020), Eq 7."
-    if logits.shape[1] < 4: raise InputError(f"targeted DLR compares four logits, the model has {logits.shape[1]}: use APGD(loss='margin')")
+    if logits.shape[1] < 4:
+        raise InputError(
+            f"targeted DLR compares four logits, the model has {logits.shape[1]}: use APGD(loss='margin')"
+        )
     top = logits.topk(4, dim=1).values
-    ahead = logits.gather(1, target[:,None]) - logits.gather(1, y[:,None])
-    return ahead[:,0]/(top[:,0] - (top[:,2] + top[:,3])/2).clamp_min(1e-12)
+    ahead = logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])
+    return ahead[:, 0] / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp_min(1e-12)
 
 # %% ../nbs/06d_audit_attacks.ipynb #1afc941e
 class Rows(SimpleNamespace):
     "Tensors with one row an image, and other attributes; images that are done can be dropped from all of them."
-    def keep(self, rows): # booleans or indices
-        for name, v in vars(self).items():
-            if isinstance(v, torch.Tensor): setattr(self, name, v[rows])
-            elif isinstance(v, Rows): v.keep(rows)
 
-def _column(v, x): return v.view(-1, *[1]*(x.ndim - 1)) # (N,) to (N, 1, …)
-def _due(step, x): return step % 10 == 1 or not x.is_cuda # look for finished images? On a GPU that waits for it, so not at every step
+    def keep(self, rows):  # booleans or indices
+        for name, v in vars(self).items():
+            if isinstance(v, torch.Tensor):
+                setattr(self, name, v[rows])
+            elif isinstance(v, Rows):
+                v.keep(rows)
+
+
+def _column(v, x):
+    return v.view(-1, *[1] * (x.ndim - 1))  # (N,) to (N, 1, …)
+
+
+def _due(step, x):
+    return (
+        step % 10 == 1 or not x.is_cuda
+    )  # look for finished images? On a GPU that waits for it, so not at every step
 
 # %% ../nbs/06d_audit_attacks.ipynb #0cda5efb
 class LinfBall(Rows):
     "‖z - x‖∞ ≤ eps, within the bounds."
+
     def __init__(self, x, eps, bounds=(0, 1)):
         low, high = faces(x, eps, bounds)
         super().__init__(x=x, eps=eps, low=low, high=high)
 
-    def inside(self, z): return z.clamp_(self.low, self.high) # the nearest points of the ball; overwrites
-    def direction(self, gradient): return gradient.sign()
-    def start(self, noise): return self.inside(self.x + self.eps*noise)
+    def inside(self, z):
+        return z.clamp_(
+            self.low, self.high
+        )  # the nearest points of the ball; overwrites
+
+    def direction(self, gradient):
+        return gradient.sign()
+
+    def start(self, noise):
+        return self.inside(self.x + self.eps * noise)
 
 # %% ../nbs/06d_audit_attacks.ipynb #9f4cb46c
 class L2Ball(Rows):
     "‖z - x‖₂ ≤ eps, within the bounds."
-    def __init__(self, x, eps, bounds=(0, 1)): super().__init__(x=x, eps=eps, bounds=tuple(bounds))
 
-    def direction(self, gradient): return gradient/_column(gradient.flatten(1).norm(dim=1).clamp_min(1e-30), gradient)
-    def start(self, noise): return self.inside(self.x + self.eps*self.direction(noise))
-    def inside(self, z): # first into the ball, then within the bounds: that way leads no further out
+    def __init__(self, x, eps, bounds=(0, 1)):
+        super().__init__(x=x, eps=eps, bounds=tuple(bounds))
+
+    def direction(self, gradient):
+        return gradient / _column(
+            gradient.flatten(1).norm(dim=1).clamp_min(1e-30), gradient
+        )
+
+    def start(self, noise):
+        return self.inside(self.x + self.eps * self.direction(noise))
+
+    def inside(
+        self, z
+    ):  # first into the ball, then within the bounds: that way leads no further out
         delta = z - self.x
-        share = (self.eps/delta.flatten(1).norm(dim=1).clamp_min(1e-30)).clamp_(max=1)
-        return (self.x + delta*_column(share, z)).clamp_(*self.bounds)
+        share = (self.eps / delta.flatten(1).norm(dim=1).clamp_min(1e-30)).clamp_(max=1)
+        return (self.x + delta * _column(share, z)).clamp_(*self.bounds)
 
 # %% ../nbs/06d_audit_attacks.ipynb #f164d020
 def checkpoints(
-    budget:int, # N_iter: steps that the checkpoints are laid out for
-    steps:int,  # steps taken
-)->list:        # the steps after which the step size is reviewed, increasing
+    budget: int,  # N_iter: steps that the checkpoints are laid out for
+    steps: int,  # steps taken
+) -> list:  # the steps after which the step size is reviewed, increasing
     "The w_j of APGD, continued beyond the budget at its last spacing: Croce & Hein (2020), §3."
     out, p, window = [], 22, 22
-    while (w := -(-p*budget//100)) <= steps:
-        if not out or w > out[-1]: out.append(w)
+    while (w := -(-p * budget // 100)) <= steps:
+        if not out or w > out[-1]:
+            out.append(w)
         window = max(window - 3, 6)
         p += window
     return out
@@ -90,99 +141,188 @@ def checkpoints(
 # %% ../nbs/06d_audit_attacks.ipynb #332ee223
 class Ascent(Rows):
     "One run of APGD on a batch. `loss` and `fooled` take logits and `aim`, the classes in question."
+
     def __init__(self, model, ball, start, aim, loss, fooled, stop=True):
         n = len(start)
-        super().__init__(model=model, ball=ball, now=start, before=start, aim=aim, loss_func=loss, fooled_func=fooled, stop=stop)
-        self.rows, self.done = torch.arange(n, device=start.device), torch.zeros(n, dtype=torch.bool, device=start.device)
-        self.total = torch.zeros(n, dtype=start.dtype, device=start.device) # of gradients' sizes: NaN where one was, 0 where all were
+        super().__init__(
+            model=model,
+            ball=ball,
+            now=start,
+            before=start,
+            aim=aim,
+            loss_func=loss,
+            fooled_func=fooled,
+            stop=stop,
+        )
+        self.rows, self.done = (
+            torch.arange(n, device=start.device),
+            torch.zeros(n, dtype=torch.bool, device=start.device),
+        )
+        self.total = torch.zeros(
+            n, dtype=start.dtype, device=start.device
+        )  # of gradients' sizes: NaN where one was, 0 where all were
         wrong = self.look()
-        self.best, self.best_gradient, self.best_loss = self.now, self.gradient, self.loss
-        self.done, self.seen, self.halved = wrong & stop, self.loss, torch.ones_like(wrong)
-        self.step, self.rises = torch.full_like(self.loss, 2*ball.eps), torch.zeros_like(self.loss)
+        self.best, self.best_gradient, self.best_loss = (
+            self.now,
+            self.gradient,
+            self.loss,
+        )
+        self.done, self.seen, self.halved = (
+            wrong & stop,
+            self.loss,
+            torch.ones_like(wrong),
+        )
+        self.step, self.rises = (
+            torch.full_like(self.loss, 2 * ball.eps),
+            torch.zeros_like(self.loss),
+        )
 
-    def look(self): # gradient and loss at `now`; which images are fooled there
+    def look(self):  # gradient and loss at `now`; which images are fooled there
         seen = []
-        def loss(logits, aim): seen.append(logits.detach()); return self.loss_func(logits, aim)
+
+        def loss(logits, aim):
+            seen.append(logits.detach())
+            return self.loss_func(logits, aim)
+
         self.gradient, self.loss = input_gradient(self.model, self.now, self.aim, loss)
         self.total = self.total + self.gradient.abs().flatten(1).sum(1)
         return self.fooled_func(seen[0], self.aim)
 
 # %% ../nbs/06d_audit_attacks.ipynb #aedb2419
 @patch
-def move(self:Ascent, first=False): # one step; momentum after the first
+def move(self: Ascent, first=False):  # one step; momentum after the first
     "The two equations above."
-    ahead = self.ball.inside(self.now + _column(self.step, self.now)*self.ball.direction(self.gradient))
-    if not first: ahead = self.ball.inside(ahead.mul_(0.75).add_(self.now, alpha=0.5).sub_(self.before, alpha=0.25))
+    ahead = self.ball.inside(
+        self.now + _column(self.step, self.now) * self.ball.direction(self.gradient)
+    )
+    if not first:
+        ahead = self.ball.inside(
+            ahead.mul_(0.75).add_(self.now, alpha=0.5).sub_(self.before, alpha=0.25)
+        )
     self.before, self.now, last = self.now, ahead, self.loss
     wrong = self.look()
     self.rises = self.rises + (self.loss > last)
     self.note(wrong)
 
+
 @patch
-def note(self:Ascent, wrong): # (N,) booleans
+def note(self: Ascent, wrong):  # (N,) booleans
     "Remember the best point; with `stop`, the first that fools."
     better = self.loss > self.best_loss
-    if self.stop: better, self.done = (better | wrong) & ~self.done, self.done | wrong
+    if self.stop:
+        better, self.done = (better | wrong) & ~self.done, self.done | wrong
     mask = _column(better, self.now)
-    self.best, self.best_gradient = torch.where(mask, self.now, self.best), torch.where(mask, self.gradient, self.best_gradient)
+    self.best, self.best_gradient = (
+        torch.where(mask, self.now, self.best),
+        torch.where(mask, self.gradient, self.best_gradient),
+    )
     self.best_loss = torch.where(better, self.loss, self.best_loss)
 
 # %% ../nbs/06d_audit_attacks.ipynb #1c5c9d9c
 @patch
-def review(self:Ascent, length): # steps since the last review
+def review(self: Ascent, length):  # steps since the last review
     "At a checkpoint: halve the step where the ascent is slow, and go back to the best point."
-    slow = (self.rises < 0.75*length) | (~self.halved & (self.best_loss <= self.seen))
+    slow = (self.rises < 0.75 * length) | (~self.halved & (self.best_loss <= self.seen))
     mask = _column(slow, self.now)
-    self.step = torch.where(slow, self.step/2, self.step)
-    self.now, self.gradient = torch.where(mask, self.best, self.now), torch.where(mask, self.best_gradient, self.gradient)
+    self.step = torch.where(slow, self.step / 2, self.step)
+    self.now, self.gradient = (
+        torch.where(mask, self.best, self.now),
+        torch.where(mask, self.best_gradient, self.gradient),
+    )
     self.loss = torch.where(slow, self.best_loss, self.loss)
-    self.halved, self.seen, self.rises = slow, self.best_loss, torch.zeros_like(self.rises)
+    self.halved, self.seen, self.rises = (
+        slow,
+        self.best_loss,
+        torch.zeros_like(self.rises),
+    )
 
 # %% ../nbs/06d_audit_attacks.ipynb #fba6db25
 def ascend(
-    ascent:Ascent,     # a new one
-    steps:int,         # N_iter
-    budget:int=None,   # steps that the checkpoints are laid out for; None: `steps`
-    record=None,       # called with the ascent after each step
-)->tuple:              # best images, their loss (N,), and which are fooled (N,), all False without `stop`
+    ascent: Ascent,  # a new one
+    steps: int,  # N_iter
+    budget: int = None,  # steps that the checkpoints are laid out for; None: `steps`
+    record=None,  # called with the ascent after each step
+) -> (
+    tuple
+):  # best images, their loss (N,), and which are fooled (N,), all False without `stop`
     "Run APGD: Algorithm 1 of Croce & Hein (2020)."
-    best, loss, fooled = ascent.best.clone(), ascent.best_loss.clone(), ascent.done.clone()
+    best, loss, fooled = (
+        ascent.best.clone(),
+        ascent.best_loss.clone(),
+        ascent.done.clone(),
+    )
+
     def write():
         check_finite(ascent.total)
-        best[ascent.rows], loss[ascent.rows], fooled[ascent.rows] = ascent.best, ascent.best_loss, ascent.done
+        best[ascent.rows], loss[ascent.rows], fooled[ascent.rows] = (
+            ascent.best,
+            ascent.best_loss,
+            ascent.done,
+        )
+
     marks, last = checkpoints(budget or steps, steps), 0
     for k in range(1, steps + 1):
-        if _due(k, ascent.now) and ascent.done.float().mean() > 0.1: write(); ascent.keep(~ascent.done)
-        if not len(ascent.rows): break
+        if _due(k, ascent.now) and ascent.done.float().mean() > 0.1:
+            write()
+            ascent.keep(~ascent.done)
+        if not len(ascent.rows):
+            break
         ascent.move(first=k == 1)
-        if k in marks: ascent.review(k - last); last = k
-        if record: record(ascent)
+        if k in marks:
+            ascent.review(k - last)
+            last = k
+        if record:
+            record(ascent)
     write()
     return best, loss, fooled
 
 # %% ../nbs/06d_audit_attacks.ipynb #585484bb
-def _missed(logits, y): return logits.argmax(1) != y
-def _reached(logits, target): return logits.argmax(1) == target
+def _missed(logits, y):
+    return logits.argmax(1) != y
+
+
+def _reached(logits, target):
+    return logits.argmax(1) == target
+
 
 class APGD(PlainCall, FixedEpsilonAttack):
     "Auto-PGD in the L∞ ball: Croce & Hein (2020), Algorithm 1."
+
     distance, exact, ball = fb.distances.linf, True, LinfBall
-    valid = dict(steps=check_count, n_restarts=check_count, n_targets=check_count, budget=partial(check_count, none=True),
-                 stop=lambda value, name: bool(value), seed=check_seed)
+    valid = dict(
+        steps=check_count,
+        n_restarts=check_count,
+        n_targets=check_count,
+        budget=partial(check_count, none=True),
+        stop=lambda value, name: bool(value),
+        seed=check_seed,
+    )
 
-    def __init__(self, *,
+    def __init__(
+        self,
+        *,
         loss='cross-entropy',  # 'cross-entropy', 'dlr', or any other that `as_loss` takes
-        steps:int=100,         # N_iter: gradients in a run
-        n_restarts:int=1,      # runs; later ones only on images that still hold out
-        budget:int=None,       # steps that the checkpoints are laid out for; None: `steps`
-        stop:bool=True,        # stop an image as soon as it is fooled? If not, return the point of highest loss
-        seed:int=0,            # of the random starts
+        steps: int = 100,  # N_iter: gradients in a run
+        n_restarts: int = 1,  # runs; later ones only on images that still hold out
+        budget: int = None,  # steps that the checkpoints are laid out for; None: `steps`
+        stop: bool = True,  # stop an image as soon as it is fooled? If not, return the point of highest loss
+        seed: int = 0,  # of the random starts
     ):
-        self.loss, self.steps, self.n_restarts, self.budget, self.stop, self.seed = loss, steps, n_restarts, budget, stop, seed
+        self.loss, self.steps, self.n_restarts, self.budget, self.stop, self.seed = (
+            loss,
+            steps,
+            n_restarts,
+            budget,
+            stop,
+            seed,
+        )
 
-    def plans(self, logits, classes, sign): # what to aim at, one run after the other: (aim, loss, fooled)
+    def plans(
+        self, logits, classes, sign
+    ):  # what to aim at, one run after the other: (aim, loss, fooled)
         loss = as_loss(self.loss)
-        if sign > 0: return [(classes, loss, _missed)]
+        if sign > 0:
+            return [(classes, loss, _missed)]
         return [(classes, lambda logits, t: -loss(logits, t), _reached)]
 
     def run(self, model, inputs, criterion, *, epsilon):
@@ -191,24 +331,37 @@ class APGD(PlainCall, FixedEpsilonAttack):
 
 # %% ../nbs/06d_audit_attacks.ipynb #5c11cfe8
 @patch
-def search(self:APGD,
-    model,          # a foolbox model
-    x:torch.Tensor, # (N, …) images within its bounds
-    criterion,      # classes, `Misclassification` or `TargetedMisclassification`
-    epsilon:float,  # radius of the ball
-)->torch.Tensor:    # images in the ball: fooling ones, elsewhere those of highest loss
+def search(
+    self: APGD,
+    model,  # a foolbox model
+    x: torch.Tensor,  # (N, …) images within its bounds
+    criterion,  # classes, `Misclassification` or `TargetedMisclassification`
+    epsilon: float,  # radius of the ball
+) -> torch.Tensor:  # images in the ball: fooling ones, elsewhere those of highest loss
     "Every plan with every restart, on the images that still hold out."
     classes, sign = goal(criterion)
-    with torch.no_grad(): logits = model(x)
-    best, loss = x.clone(), torch.full((len(x),), -math.inf, dtype=x.dtype, device=x.device)
-    holds = ~(_missed if sign > 0 else _reached)(logits, classes) if self.stop else torch.ones_like(loss, dtype=torch.bool)
+    with torch.no_grad():
+        logits = model(x)
+    best, loss = (
+        x.clone(),
+        torch.full((len(x),), -math.inf, dtype=x.dtype, device=x.device),
+    )
+    holds = (
+        ~(_missed if sign > 0 else _reached)(logits, classes)
+        if self.stop
+        else torch.ones_like(loss, dtype=torch.bool)
+    )
     for plan in self.plans(logits, classes, sign):
         for r in range(self.n_restarts):
-            if holds.any(): self._restart(model, x, plan, epsilon, r, holds, best, loss)
+            if holds.any():
+                self._restart(model, x, plan, epsilon, r, holds, best, loss)
     return best
 
+
 @patch
-def _restart(self:APGD, model, x, plan, epsilon, r, holds, best, loss): # updates the last three
+def _restart(
+    self: APGD, model, x, plan, epsilon, r, holds, best, loss
+):  # updates the last three
     rows, (aim, loss_func, fooled) = holds.nonzero().flatten(), plan
     seed = derive_seed(self.seed, 'restart', r) if r else self.seed
     ball = self.ball(x[rows], epsilon, model.bounds)
@@ -223,80 +376,109 @@ def _restart(self:APGD, model, x, plan, epsilon, r, holds, best, loss): # update
 # %% ../nbs/06d_audit_attacks.ipynb #234f23b9
 class L2APGD(APGD):
     "Auto-PGD in the L2 ball."
+
     distance, exact, ball = fb.distances.l2, False, L2Ball
 
 # %% ../nbs/06d_audit_attacks.ipynb #29ebd6df
 class APGDTargeted(APGD):
     "Auto-PGD with targeted DLR over the likeliest wrong classes: APGD_DLR^T of Croce & Hein (2020)."
-    def __init__(self, *,
-        n_targets:int=9,  # classes to aim at; at most K - 1
-        steps:int=100,    # N_iter for each
-        n_restarts:int=1, # runs for each
-        budget:int=None,  # see `APGD`
-        stop:bool=True,   # see `APGD`
-        seed:int=0,       # of the random starts
+
+    def __init__(
+        self,
+        *,
+        n_targets: int = 9,  # classes to aim at; at most K - 1
+        steps: int = 100,  # N_iter for each
+        n_restarts: int = 1,  # runs for each
+        budget: int = None,  # see `APGD`
+        stop: bool = True,  # see `APGD`
+        seed: int = 0,  # of the random starts
     ):
-        super().__init__(loss='dlr', steps=steps, n_restarts=n_restarts, budget=budget, stop=stop, seed=seed)
+        super().__init__(
+            loss='dlr',
+            steps=steps,
+            n_restarts=n_restarts,
+            budget=budget,
+            stop=stop,
+            seed=seed,
+        )
         self.n_targets = n_targets
 
     def plans(self, logits, classes, sign):
-        if sign < 0: raise InputError("APGDTargeted chooses its targets: for targets of your own use APGD(loss='dlr')")
-        others = logits.scatter(1, classes[:,None], -math.inf).topk(min(self.n_targets, logits.shape[1] - 1), dim=1).indices
-        def loss(logits, aim): return dlr_targeted(logits, *aim.unbind(1))
-        def fooled(logits, aim): return logits.argmax(1) != aim[:,0]
+        if sign < 0:
+            raise InputError(
+                "APGDTargeted chooses its targets: for targets of your own use APGD(loss='dlr')"
+            )
+        others = (
+            logits.scatter(1, classes[:, None], -math.inf)
+            .topk(min(self.n_targets, logits.shape[1] - 1), dim=1)
+            .indices
+        )
+
+        def loss(logits, aim):
+            return dlr_targeted(logits, *aim.unbind(1))
+
+        def fooled(logits, aim):
+            return logits.argmax(1) != aim[:, 0]
+
         return [(torch.stack((classes, t), 1), loss, fooled) for t in others.unbind(1)]
 
 # %% ../nbs/06d_audit_attacks.ipynb #4a6cda93
 def stripes(
-    low:torch.Tensor,  # (N, C, H, W) smallest allowed pixels
-    high:torch.Tensor, # (N, C, H, W) largest
-    keys:torch.Tensor, # (N,) from `sample_keys`
-)->torch.Tensor:       # (N, C, H, W)
+    low: torch.Tensor,  # (N, C, H, W) smallest allowed pixels
+    high: torch.Tensor,  # (N, C, H, W) largest
+    keys: torch.Tensor,  # (N,) from `sample_keys`
+) -> torch.Tensor:  # (N, C, H, W)
     "Vertical stripes, one pixel wide, low or high at random."
     n, c, h, w = low.shape
     return torch.where(uniform_noise(keys, (c, 1, w)) < 0.5, low, high)
 
 # %% ../nbs/06d_audit_attacks.ipynb #8a076a93
 def side_length(
-    i:int,         # which proposal, from 0
-    n_queries:int, # how many in all
-    height:int,    # of the image
-    width:int,     # of the image
-    p:float=0.8,   # share of the image at first
-)->int:            # pixels, at least 1
+    i: int,  # which proposal, from 0
+    n_queries: int,  # how many in all
+    height: int,  # of the image
+    width: int,  # of the image
+    p: float = 0.8,  # share of the image at first
+) -> int:  # pixels, at least 1
     "Side of the square: §4 of Andriushchenko et al. (2020), stretched to `n_queries`."
-    share = p/2**sum(i*10000//n_queries > b for b in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
-    return min(max(round(math.sqrt(share*height*width)), 1), height, width)
+    share = p / 2 ** sum(
+        i * 10000 // n_queries > b
+        for b in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+    )
+    return min(max(round(math.sqrt(share * height * width)), 1), height, width)
 
 # %% ../nbs/06d_audit_attacks.ipynb #a6cf9601
 def repaint(
-    now:torch.Tensor,  # (N, C, H, W) images
-    low:torch.Tensor,  # (N, C, H, W) smallest allowed pixels
-    high:torch.Tensor, # (N, C, H, W) largest
-    size:int,          # side of the square, pixels
-    u:torch.Tensor,    # (N, 2 + C) uniform in [0, 1): row, column, and for each channel low or high
-)->torch.Tensor:       # (N, C, H, W) proposals
+    now: torch.Tensor,  # (N, C, H, W) images
+    low: torch.Tensor,  # (N, C, H, W) smallest allowed pixels
+    high: torch.Tensor,  # (N, C, H, W) largest
+    size: int,  # side of the square, pixels
+    u: torch.Tensor,  # (N, 2 + C) uniform in [0, 1): row, column, and for each channel low or high
+) -> torch.Tensor:  # (N, C, H, W) proposals
     "Paint one square on each image, in a way that changes it where it can be changed."
     n, c, h, w = now.shape
     side = torch.arange(size, device=u.device)
-    row, column = ((u[:,i,None]*(length - size + 1)).long() + side for i, length in enumerate((h, w)))
-    where = (row[:,:,None]*w + column[:,None,:]).view(n, 1, -1).expand(-1, c, -1)
+    row, column = (
+        (u[:, i, None] * (length - size + 1)).long() + side
+        for i, length in enumerate((h, w))
+    )
+    where = (row[:, :, None] * w + column[:, None, :]).view(n, 1, -1).expand(-1, c, -1)
     old, dim, bright = (t.flatten(2).gather(2, where) for t in (now, low, high))
-    dark = u[:,2:,None] < 0.5
+    dark = u[:, 2:, None] < 0.5
     same = (torch.where(dark, dim, bright) == old).flatten(1).all(1)
-    new = torch.where(dark ^ same[:,None,None], dim, bright)
+    new = torch.where(dark ^ same[:, None, None], dim, bright)
     return now.flatten(2).scatter(2, where, new).view_as(now)
 
 # %% ../nbs/06d_audit_attacks.ipynb #0b5ab58d
 def square_search(
-    score,             # from images and their row numbers to (N,) scores; above 0 means fooled
-    low:torch.Tensor,  # (N, C, H, W) smallest allowed pixels
-    high:torch.Tensor, # (N, C, H, W) largest
-    keys:torch.Tensor, # (N,) from `sample_keys`
-    n_queries:int,     # calls of `score` for each image, at most
-    p:float=0.8,       # share of the image that the first square covers
-    draws:int=64,      # random numbers are drawn for so many queries at a time
-)->tuple:              # best images, their scores (N,), queries spent (N,)
+    score,  # from images and their row numbers to (N,) scores; above 0 means fooled
+    low: torch.Tensor,  # (N, C, H, W) smallest allowed pixels
+    high: torch.Tensor,  # (N, C, H, W) largest
+    keys: torch.Tensor,  # (N,) from `sample_keys`
+    n_queries: int,  # calls of `score` for each image, at most
+    p: float = 0.8,  # share of the image that the first square covers
+    draws: int = 64,  # random numbers are drawn for so many queries at a time
+) -> tuple:  # best images, their scores (N,), queries spent (N,)
     "Random search by squares: Andriushchenko et al. (2020), Algorithm 1."
     now, rows = stripes(low, high, keys), torch.arange(len(low), device=low.device)
     s = Rows(rows=rows, low=low, high=high, keys=keys, now=now, value=score(now, rows))
@@ -306,82 +488,133 @@ def square_search(
         if _due(i, s.now):
             _check_scores(s.bad)
             done = s.value > 0
-            if done.any(): best[s.rows[done]], value[s.rows[done]] = s.now[done], s.value[done]; s.keep(~done)
-        if not len(s.rows): break
-        if i % draws == 0: s.noise = uniform_noise(s.keys, (draws, 2 + low.shape[1]), draw=1 + i//draws)
-        new = repaint(s.now, s.low, s.high, side_length(i, n_queries, *low.shape[2:], p), s.noise[:, i % draws])
+            if done.any():
+                best[s.rows[done]], value[s.rows[done]] = s.now[done], s.value[done]
+                s.keep(~done)
+        if not len(s.rows):
+            break
+        if i % draws == 0:
+            s.noise = uniform_noise(
+                s.keys, (draws, 2 + low.shape[1]), draw=1 + i // draws
+            )
+        new = repaint(
+            s.now,
+            s.low,
+            s.high,
+            side_length(i, n_queries, *low.shape[2:], p),
+            s.noise[:, i % draws],
+        )
         new_value, open = score(new, s.rows), s.value <= 0
         spent[s.rows] += open
         s.bad = s.bad | new_value.isnan()
         better = open & (new_value > s.value)
-        s.now, s.value = torch.where(_column(better, new), new, s.now), torch.where(better, new_value, s.value)
+        s.now, s.value = (
+            torch.where(_column(better, new), new, s.now),
+            torch.where(better, new_value, s.value),
+        )
     _check_scores(s.bad)
     best[s.rows], value[s.rows] = s.now, s.value
     return best, value, spent
 
-def _check_scores(bad): # (N,) booleans
-    if bad.any(): raise InputError('a logit is NaN: check that the logits of the model are finite')
+
+def _check_scores(bad):  # (N,) booleans
+    if bad.any():
+        raise InputError(
+            'a logit is NaN: check that the logits of the model are finite'
+        )
 
 # %% ../nbs/06d_audit_attacks.ipynb #7d89d19f
 class Square(PlainCall, FixedEpsilonAttack):
     "Square attack in the L∞ ball: Andriushchenko et al. (2020). Logits are all it uses."
-    distance, exact = fb.distances.linf, True
-    valid = dict(n_queries=check_count, p=partial(check_share, one=True), seed=check_seed)
 
-    def __init__(self, *,
-        n_queries:int=5000, # for each image, at most
-        p:float=0.8,        # share of the image that the first square covers
-        seed:int=0,         # of stripes and squares
-    ): self.n_queries, self.p, self.seed = n_queries, p, seed
+    distance, exact = fb.distances.linf, True
+    valid = dict(
+        n_queries=check_count, p=partial(check_share, one=True), seed=check_seed
+    )
+
+    def __init__(
+        self,
+        *,
+        n_queries: int = 5000,  # for each image, at most
+        p: float = 0.8,  # share of the image that the first square covers
+        seed: int = 0,  # of stripes and squares
+    ):
+        self.n_queries, self.p, self.seed = n_queries, p, seed
 
     def run(self, model, inputs, criterion, *, epsilon):
         x, restore = ep.astensor_(inputs)
-        return restore(ep.astensor(self.search(model, x.raw, criterion, epsilon, model.bounds)[0]))
+        return restore(
+            ep.astensor(self.search(model, x.raw, criterion, epsilon, model.bounds)[0])
+        )
 
 # %% ../nbs/06d_audit_attacks.ipynb #e805beae
 @patch
-def search(self:Square,
-    model,               # from images to logits
-    x:torch.Tensor,      # (N, C, H, W) images
-    criterion,           # classes, `Misclassification` or `TargetedMisclassification`
-    epsilon:float,       # radius of the ball
-    bounds:tuple=(0, 1), # of the pixels
-)->tuple:                # best images, margins (N,) above 0 where fooled, queries spent (N,); 0 where the image itself is misread
+def search(
+    self: Square,
+    model,  # from images to logits
+    x: torch.Tensor,  # (N, C, H, W) images
+    criterion,  # classes, `Misclassification` or `TargetedMisclassification`
+    epsilon: float,  # radius of the ball
+    bounds: tuple = (0, 1),  # of the pixels
+) -> tuple:  # best images, margins (N,) above 0 where fooled, queries spent (N,); 0 where the image itself is misread
     "`run` with the numbers that belong to it."
-    if x.ndim != 4: raise InputError(f'images have shape {tuple(x.shape)}: Square paints squares, give (N, C, H, W)')
+    if x.ndim != 4:
+        raise InputError(
+            f'images have shape {tuple(x.shape)}: Square paints squares, give (N, C, H, W)'
+        )
     classes, sign = goal(criterion)
     with torch.no_grad():
-        best, value, spent = x.clone(), _score(model, sign, x, classes), torch.zeros_like(classes)
+        best, value, spent = (
+            x.clone(),
+            _score(model, sign, x, classes),
+            torch.zeros_like(classes),
+        )
         _check_scores(value.isnan())
         open = (value <= 0).nonzero().flatten()
-        if not len(open): return best, value, spent
+        if not len(open):
+            return best, value, spent
         score = lambda z, rows: _score(model, sign, z, classes[open[rows]])
-        best[open], value[open], spent[open] = square_search(score, *faces(x[open], epsilon, bounds),
-            sample_keys(x[open], self.seed), self.n_queries, self.p)
+        best[open], value[open], spent[open] = square_search(
+            score,
+            *faces(x[open], epsilon, bounds),
+            sample_keys(x[open], self.seed),
+            self.n_queries,
+            self.p,
+        )
     return best, value, spent
 
-def _score(model, sign, x, classes): # the margin, above 0 where the attack has won
-    return sign*margin(model(x), classes)
+
+def _score(model, sign, x, classes):  # the margin, above 0 where the attack has won
+    return sign * margin(model(x), classes)
 
 # %% ../nbs/06d_audit_attacks.ipynb #8aee4ea5
 def _one_norm(attacks, what):
     attacks = list(attacks)
-    if not attacks: raise InputError(f'{what} are none: give at least one attack')
-    if len({a.distance.p for a in attacks}) > 1: raise InputError(f'the {what} have different norms: a radius means the same for all only within one norm')
+    if not attacks:
+        raise InputError(f'{what} are none: give at least one attack')
+    if len({a.distance.p for a in attacks}) > 1:
+        raise InputError(
+            f'the {what} have different norms: a radius means the same for all only within one norm'
+        )
     return attacks
+
 
 class WorstCase(PlainCall, FixedEpsilonAttack):
     "Several attacks as one: an image is broken if one of them breaks it."
+
     valid = dict(attacks=_one_norm)
 
-    def __init__(self,
-        attacks,              # attacks of the same norm, cheap ones first
+    def __init__(
+        self,
+        attacks,  # attacks of the same norm, cheap ones first
         *,
-        nearest:bool=False,   # run all on all images and take the nearest success? If not, the first
-    ): self.attacks, self.nearest = attacks, nearest
+        nearest: bool = False,  # run all on all images and take the nearest success? If not, the first
+    ):
+        self.attacks, self.nearest = attacks, nearest
 
     @property
-    def distance(self): return self.attacks[0].distance
+    def distance(self):
+        return self.attacks[0].distance
 
     def run(self, model, inputs, criterion, *, epsilon):
         x, restore = ep.astensor_(inputs)
@@ -389,106 +622,164 @@ class WorstCase(PlainCall, FixedEpsilonAttack):
 
 # %% ../nbs/06d_audit_attacks.ipynb #1376799e
 @patch
-def search(self:WorstCase, model, x, criterion, epsilon): # as in `APGD.search`
+def search(self: WorstCase, model, x, criterion, epsilon):  # as in `APGD.search`
     "The first success, or the nearest."
     classes, sign = goal(criterion)
     kind = Misclassification if sign > 0 else TargetedMisclassification
-    with torch.no_grad(): broken = (_missed if sign > 0 else _reached)(model(x), classes)
-    best, size = x.clone(), torch.where(broken, 0., math.inf)
+    with torch.no_grad():
+        broken = (_missed if sign > 0 else _reached)(model(x), classes)
+    best, size = x.clone(), torch.where(broken, 0.0, math.inf)
     for attack in self.attacks:
         rows = (size > 0 if self.nearest else size == math.inf).nonzero().flatten()
-        if not len(rows): break
-        _, found, success = attack(model, x[rows], kind(classes[rows]), epsilons=epsilon)
+        if not len(rows):
+            break
+        _, found, success = attack(
+            model, x[rows], kind(classes[rows]), epsilons=epsilon
+        )
         far = torch.where(success, self.distance(x[rows], found).float(), math.inf)
         better = far < size[rows]
         best[rows[better]], size[rows[better]] = found[better], far[better]
     return best
 
+
 def worst_case(
-    attacks,   # as for `WorstCase`
+    attacks,  # as for `WorstCase`
     **kwargs,  # as for `WorstCase`
-)->WorstCase:  # an attack
+) -> WorstCase:  # an attack
     "The per-image minimum over attacks, as an attack."
     return WorstCase(attacks, **kwargs)
 
 # %% ../nbs/06d_audit_attacks.ipynb #3d8a58b2
-def apgd_ce(steps:int=100, n_restarts:int=1, **kwargs)->APGD: # settings as in `APGD`
+def apgd_ce(
+    steps: int = 100, n_restarts: int = 1, **kwargs
+) -> APGD:  # settings as in `APGD`
     "APGD on cross-entropy."
     return APGD(loss='cross-entropy', steps=steps, n_restarts=n_restarts, **kwargs)
 
-def apgd_dlr(steps:int=100, n_restarts:int=1, **kwargs)->APGD: # settings as in `APGD`
+
+def apgd_dlr(
+    steps: int = 100, n_restarts: int = 1, **kwargs
+) -> APGD:  # settings as in `APGD`
     "APGD on DLR; three classes or more."
     return APGD(loss='dlr', steps=steps, n_restarts=n_restarts, **kwargs)
 
-def apgd_t(steps:int=100, n_targets:int=9, **kwargs)->APGDTargeted: # settings as in `APGDTargeted`
+
+def apgd_t(
+    steps: int = 100, n_targets: int = 9, **kwargs
+) -> APGDTargeted:  # settings as in `APGDTargeted`
     "APGD on targeted DLR; four classes or more."
     return APGDTargeted(steps=steps, n_targets=n_targets, **kwargs)
 
-def square(n_queries:int=5000, **kwargs)->Square: # settings as in `Square`
+
+def square(n_queries: int = 5000, **kwargs) -> Square:  # settings as in `Square`
     "Square attack."
     return Square(n_queries=n_queries, **kwargs)
 
-def fmn(steps:int=100, **kwargs)->FMN: # settings as in `FMN`
+
+def fmn(steps: int = 100, **kwargs) -> FMN:  # settings as in `FMN`
     "Fast minimum norm attack, L∞."
     return FMN(steps=steps, **kwargs)
 
-AUDIT = {'apgd-ce': apgd_ce, 'apgd-dlr': apgd_dlr, 'fmn': fmn, 'apgd-t': apgd_t, 'square': square}
-AUDIT_L2 = {'apgd-ce': L2APGD, 'apgd-dlr': partial(L2APGD, loss='dlr'), 'nearest': nearest_l2}
+
+AUDIT = {
+    'apgd-ce': apgd_ce,
+    'apgd-dlr': apgd_dlr,
+    'fmn': fmn,
+    'apgd-t': apgd_t,
+    'square': square,
+}
+AUDIT_L2 = {
+    'apgd-ce': L2APGD,
+    'apgd-dlr': partial(L2APGD, loss='dlr'),
+    'nearest': nearest_l2,
+}
 
 # %% ../nbs/06d_audit_attacks.ipynb #61d4a2ab
-def _broken(attack, model, x, y, eps): # (N,) booleans; also for attacks of foolbox
-    if isinstance(attack, PlainCall): return attack(model, x, y, epsilons=eps)[2]
-    with prepared(model, x, y, unit=False) as (ready, images, criterion): return attack(ready, images, criterion, epsilons=eps)[2]
+def _broken(attack, model, x, y, eps):  # (N,) booleans; also for attacks of foolbox
+    if isinstance(attack, PlainCall):
+        return attack(model, x, y, epsilons=eps)[2]
+    with prepared(model, x, y, unit=False) as (ready, images, criterion):
+        return attack(ready, images, criterion, epsilons=eps)[2]
 
-def _radius_of(attack, eps): # a number, or by norm
+
+def _radius_of(attack, eps):  # a number, or by norm
     p = attack.distance.p
-    if isinstance(eps, dict) and p not in eps: raise InputError(f'eps has radii for the norms {list(eps)}: {type(attack).__name__} needs one for {p}')
+    if isinstance(eps, dict) and p not in eps:
+        raise InputError(
+            f'eps has radii for the norms {list(eps)}: {type(attack).__name__} needs one for {p}'
+        )
     size = eps[p] if isinstance(eps, dict) else eps
     return None if size is None else as_number(size, 'eps')
 
+
 def robust_accuracy(
-    model,          # a network from pixels in [0, 1] to logits, or a foolbox model
-    x:torch.Tensor, # (N, …) images in [0, 1], or within the bounds of the foolbox model
-    y:torch.Tensor, # (N,) true classes
-    attacks,        # name → attack, cheap ones first, or a list of attacks, or one; foolbox's too
-    eps,            # radius of the ball; for attacks of several norms a radius for each, such as {math.inf: 0.1, 2: 0.5}
-)->pd.DataFrame:    # rows: 'clean', the attacks, 'worst case'; columns: accuracy alone and after all attacks so far
+    model,  # a network from pixels in [0, 1] to logits, or a foolbox model
+    x: torch.Tensor,  # (N, …) images in [0, 1], or within the bounds of the foolbox model
+    y: torch.Tensor,  # (N,) true classes
+    attacks,  # name → attack, cheap ones first, or a list of attacks, or one; foolbox's too
+    eps,  # radius of the ball; for attacks of several norms a radius for each, such as {math.inf: 0.1, 2: 0.5}
+) -> pd.DataFrame:  # rows: 'clean', the attacks, 'worst case'; columns: accuracy alone and after all attacks so far
     "Share of images that are right under each attack, and under all of them."
-    if isinstance(attacks, Attack): attacks = [attacks]
-    attacks = dict(attacks) if isinstance(attacks, dict) else {f'{i + 1} {type(a).__name__}': a for i, a in enumerate(attacks)}
-    if not isinstance(eps, dict): _one_norm(attacks.values(), 'attacks')
+    if isinstance(attacks, Attack):
+        attacks = [attacks]
+    attacks = (
+        dict(attacks)
+        if isinstance(attacks, dict)
+        else {f'{i + 1} {type(a).__name__}': a for i, a in enumerate(attacks)}
+    )
+    if not isinstance(eps, dict):
+        _one_norm(attacks.values(), 'attacks')
     radii = {name: _radius_of(attack, eps) for name, attack in attacks.items()}
-    with as_foolbox(model, x) as fmodel: right = ~fooled(fmodel, x, Misclassification(y))
+    with as_foolbox(model, x) as fmodel:
+        right = ~fooled(fmodel, x, Misclassification(y))
     standing, table = right.clone(), [('clean', right, right)]
     for name, attack in attacks.items():
         alone = right.clone()
-        if right.any(): alone[right] = ~_broken(attack, model, x[right], y[right], radii[name])
+        if right.any():
+            alone[right] = ~_broken(attack, model, x[right], y[right], radii[name])
         standing = standing & alone
         table.append((name, alone, standing))
     table.append(('worst case', standing, standing))
-    return pd.DataFrame([(n, *(v.double().mean().item() for v in vs)) for n, *vs in table], columns=['attack', 'alone', 'so far']).set_index('attack')
+    return pd.DataFrame(
+        [(n, *(v.double().mean().item() for v in vs)) for n, *vs in table],
+        columns=['attack', 'alone', 'so far'],
+    ).set_index('attack')
 
 # %% ../nbs/06d_audit_attacks.ipynb #ffa61fb6
 class Transfer(PlainCall, FixedEpsilonAttack):
     "Images made on one network, tried on another."
-    def __init__(self,
+
+    def __init__(
+        self,
         attack,  # any attack
         source,  # the network to make the images on, from pixels in [0, 1], or a foolbox model
-    ): self.attack, self.source = attack, source
+    ):
+        self.attack, self.source = attack, source
 
     @property
-    def distance(self): return self.attack.distance
+    def distance(self):
+        return self.attack.distance
 
     def run(self, model, inputs, criterion, *, epsilon):
         x, restore = ep.astensor_(inputs)
-        low, high = self.source.bounds if isinstance(self.source, fb.models.Model) else (0, 1)
-        eps = epsilon if self.distance.p == 0 else epsilon*(high - low)
-        found = self.made(low + x.raw*(high - low), criterion, eps)
-        return restore(ep.astensor(((found - low)/(high - low)).to(x.raw)))
+        low, high = (
+            self.source.bounds if isinstance(self.source, fb.models.Model) else (0, 1)
+        )
+        eps = epsilon if self.distance.p == 0 else epsilon * (high - low)
+        found = self.made(low + x.raw * (high - low), criterion, eps)
+        return restore(ep.astensor(((found - low) / (high - low)).to(x.raw)))
 
-    def made(self, x, criterion, epsilon): # on the source, in its range
-        if isinstance(self.attack, PlainCall): return self.attack.craft(self.source, x, criterion, epsilon=epsilon)
-        with prepared(self.source, x, criterion, unit=False) as (source, images, criterion):
-            return source.returned(self.attack(source, images, criterion, epsilons=epsilon)[1])
+    def made(self, x, criterion, epsilon):  # on the source, in its range
+        if isinstance(self.attack, PlainCall):
+            return self.attack.craft(self.source, x, criterion, epsilon=epsilon)
+        with prepared(self.source, x, criterion, unit=False) as (
+            source,
+            images,
+            criterion,
+        ):
+            return source.returned(
+                self.attack(source, images, criterion, epsilons=epsilon)[1]
+            )
 
-    def __repr__(self): return f'Transfer({self.attack!r}, source={type(self.source).__name__})'
+    def __repr__(self):
+        return f'Transfer({self.attack!r}, source={type(self.source).__name__})'

@@ -19,12 +19,23 @@ from fastcore.foundation import L
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .core import (
-    InputError, RunFailed, _plain, atomic_write, derive_seed, load_json, save_json, seed_everything, software_versions)
+from complement_objectives.core import (
+    InputError,
+    RunFailed,
+    _plain,
+    atomic_write,
+    derive_seed,
+    load_json,
+    save_json,
+    seed_everything,
+    software_versions,
+)
 from .models import ReverseLogits, create_model
 
 # %% ../nbs/04d_checkpoints.ipynb #a5e10e03
-def _digest(header, tensors:dict)->str: # of all that a reader will trust: header, names, types, shapes, values
+def _digest(
+    header, tensors: dict
+) -> str:  # of all that a reader will trust: header, names, types, shapes, values
     digest = hashlib.sha256(json.dumps(header).encode())
     for name in sorted(tensors):
         t = tensors[name]
@@ -32,94 +43,149 @@ def _digest(header, tensors:dict)->str: # of all that a reader will trust: heade
         digest.update(t.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
+
 def save_tensors(
-    tensors:dict,     # name → tensor, on any device
-    path:str|Path,    # the file
-    header:dict=None, # whatever JSON can hold; travels inside the file
+    tensors: dict,  # name → tensor, on any device
+    path: str | Path,  # the file
+    header: dict = None,  # whatever JSON can hold; travels inside the file
 ):
     "Write tensors as safetensors in one step, see `atomic_write`, with a checksum over tensors and header."
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     header = json.loads(json.dumps({} if header is None else header, default=_plain))
-    sealed = json.dumps(dict(sha256=_digest(header, tensors), header=header)) # one entry: safetensors puts several in any order
-    with atomic_write(path) as temporary: save_file(tensors, temporary, dict(header=sealed))
+    sealed = json.dumps(
+        dict(sha256=_digest(header, tensors), header=header)
+    )  # one entry: safetensors puts several in any order
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, dict(header=sealed))
 
 # %% ../nbs/04d_checkpoints.ipynb #c5e4cec9
-def _damaged(path): return InputError(f'{path} is missing, truncated or no safetensors file: delete it and make it again')
+def _damaged(path):
+    return InputError(
+        f'{path} is missing, truncated or no safetensors file: delete it and make it again'
+    )
 
-def _parsed(text): # what JSON says, or None
-    try: return json.loads(text)
-    except (ValueError, RecursionError): return None
+
+def _parsed(text):  # what JSON says, or None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
 
 def read_tensors(
-    path:str|Path, # a file of `save_tensors`
-)->tuple:          # name → tensor, on the CPU; and the header it was given, or {}
+    path: str | Path,  # a file of `save_tensors`
+) -> tuple:  # name → tensor, on the CPU; and the header it was given, or {}
     "Read tensors and header; `InputError` when anything in the file is not as it was written."
     try:
         with safe_open(path, 'pt') as file:
-            found, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError): raise _damaged(path) from None
+            found, tensors = (
+                file.metadata() or {},
+                {name: file.get_tensor(name) for name in file.keys()},
+            )
+    except (OSError, SafetensorError):
+        raise _damaged(path) from None
     sealed = _parsed(found.get('header', ''))
     if not isinstance(sealed, dict) or not {'header', 'sha256'} <= sealed.keys():
-        raise InputError(f'{path} has no checksum: an older version or another program wrote it; make it again')
+        raise InputError(
+            f'{path} has no checksum: an older version or another program wrote it; make it again'
+        )
     if sealed['sha256'] != _digest(sealed['header'], tensors):
-        raise InputError(f'{path} is damaged or was edited, its checksum differs: delete it and make it again')
+        raise InputError(
+            f'{path} is damaged or was edited, its checksum differs: delete it and make it again'
+        )
     return tensors, sealed['header']
 
+
 def load_tensors(
-    path:str|Path, # a file of `save_tensors`
-)->dict:           # name → tensor, on the CPU
+    path: str | Path,  # a file of `save_tensors`
+) -> dict:  # name → tensor, on the CPU
     "The tensors of `read_tensors`."
     return read_tensors(path)[0]
 
+
 def load_header(
-    path:str|Path, # a file of `save_tensors`
-)->dict:           # the `header` it was given, or {}
+    path: str | Path,  # a file of `save_tensors`
+) -> dict:  # the `header` it was given, or {}
     "The header of `read_tensors`; the whole file is read, because the checksum is over all of it."
     return read_tensors(path)[1]
 
 # %% ../nbs/04d_checkpoints.ipynb #c78d01f7
-def _sha256(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def _sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-def _seal(header:dict)->str: # checksum of a JSON header, whatever its layout, without its own entry
+
+def _seal(
+    header: dict,
+) -> str:  # checksum of a JSON header, whatever its layout, without its own entry
     rest = {k: v for k, v in header.items() if k != 'header_sha256'}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
-def _unfit(state:dict, model:torch.nn.Module)->str: # what keeps `state` from being the state of `model`, or ''
+
+def _unfit(
+    state: dict, model: torch.nn.Module
+) -> str:  # what keeps `state` from being the state of `model`, or ''
     ours = model.state_dict()
-    strange = [k for k in state.keys() ^ ours.keys()] or [k for k in ours if state[k].shape != ours[k].shape]
+    strange = [k for k in state.keys() ^ ours.keys()] or [
+        k for k in ours if state[k].shape != ours[k].shape
+    ]
     return f'{len(strange)} tensors differ, {min(strange)} for one' if strange else ''
 
-def _built(network:dict, where:str): # `create_model(**network)` on the meta device
-    if 'name' not in network: raise InputError(f'{where}: the network has no name')
-    try:
-        with torch.device('meta'): return create_model(**network)
-    except TypeError as e: raise InputError(f'{where}: {e}') from None
 
-def _check_names(info:dict, tensors:dict): # what the caller adds must not stand in for what the library writes
-    taken = sorted(info.keys() & {'format', 'reverse', 'weights_sha256', 'header_sha256'})
-    if taken: raise InputError(f"'{taken[0]}' is an entry that the library writes: choose another name")
+def _built(network: dict, where: str):  # `create_model(**network)` on the meta device
+    if 'name' not in network:
+        raise InputError(f'{where}: the network has no name')
+    try:
+        with torch.device('meta'):
+            return create_model(**network)
+    except TypeError as e:
+        raise InputError(f'{where}: {e}') from None
+
+
+def _check_names(
+    info: dict, tensors: dict
+):  # what the caller adds must not stand in for what the library writes
+    taken = sorted(
+        info.keys() & {'format', 'reverse', 'weights_sha256', 'header_sha256'}
+    )
+    if taken:
+        raise InputError(
+            f"'{taken[0]}' is an entry that the library writes: choose another name"
+        )
     strange = [name for name in tensors if not name.startswith('detector.')]
-    if strange: raise InputError(f"further tensors have names that start with 'detector.', '{strange[0]}' does not")
+    if strange:
+        raise InputError(
+            f"further tensors have names that start with 'detector.', '{strange[0]}' does not"
+        )
+
 
 def save_classifier(
-    model:torch.nn.Module, # what `create_model` made, in a `ReverseLogits` or not
-    network:dict,          # `name` of the network in `MODELS` and the arguments `create_model` was given
-    folder:str|Path,       # made where it does not exist
-    tensors:dict=None,     # further tensors for the weights' file; their names start with 'detector.'
-    **info,                # further entries of the header: class names, accuracy, …
-)->Path:                   # the folder
+    model: torch.nn.Module,  # what `create_model` made, in a `ReverseLogits` or not
+    network: dict,  # `name` of the network in `MODELS` and the arguments `create_model` was given
+    folder: str | Path,  # made where it does not exist
+    tensors: dict = None,  # further tensors for the weights' file; their names start with 'detector.'
+    **info,  # further entries of the header: class names, accuracy, …
+) -> Path:  # the folder
     "Write `model.safetensors` and `model.json`; `InputError` where `load_classifier` could not read them."
     folder, reverse = Path(folder), isinstance(model, ReverseLogits)
     state = (model.model if reverse else model).state_dict()
     _check_names(info, tensors or {})
     info = json.loads(json.dumps(info, default=_plain))
     unfit = _unfit(state, _built(network, 'cannot save'))
-    if unfit: raise InputError(f'the weights are not those of the network {network} ({unfit}): give what create_model was given')
+    if unfit:
+        raise InputError(
+            f'the weights are not those of the network {network} ({unfit}): give what create_model was given'
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(state | (tensors or {}), folder/'model.safetensors')
-    header = dict(format=_format, network=network, reverse=reverse, weights_sha256=_sha256(folder/'model.safetensors'), versions=software_versions())
+    save_tensors(state | (tensors or {}), folder / 'model.safetensors')
+    header = dict(
+        format=_format,
+        network=network,
+        reverse=reverse,
+        weights_sha256=_sha256(folder / 'model.safetensors'),
+        versions=software_versions(),
+    )
     header = json.loads(json.dumps(header, default=_plain)) | info
-    save_json(header | dict(header_sha256=_seal(header)), folder/'model.json')
+    save_json(header | dict(header_sha256=_seal(header)), folder / 'model.json')
     return folder
 
 # %% ../nbs/04d_checkpoints.ipynb #11add218
@@ -127,44 +193,63 @@ _format = 'complement_objectives classifier 2'
 
 # %% ../nbs/04d_checkpoints.ipynb #2c836b77
 def classifier_header(
-    folder:str|Path, # of `save_classifier`
-)->dict:             # what `model.json` holds, as it was written
+    folder: str | Path,  # of `save_classifier`
+) -> dict:  # what `model.json` holds, as it was written
     "The header alone; `InputError` when it is missing, damaged or was edited."
-    path = Path(folder)/'model.json'
-    if not path.is_file(): raise InputError(f'{folder} holds no trained network: model.json is missing, name a folder that `cobj train` wrote')
+    path = Path(folder) / 'model.json'
+    if not path.is_file():
+        raise InputError(
+            f'{folder} holds no trained network: model.json is missing, name a folder that `cobj train` wrote'
+        )
     header = load_json(path)
     form = header.get('format') if isinstance(header, dict) else None
     if form == 'complement_objectives classifier 1':
-        raise InputError(f'{path} is of an older form, without a checksum of its own: train again')
-    if form != _format: raise InputError(f'{path} does not describe a network of this library')
+        raise InputError(
+            f'{path} is of an older form, without a checksum of its own: train again'
+        )
+    if form != _format:
+        raise InputError(f'{path} does not describe a network of this library')
     if header.get('header_sha256') != _seal(header):
-        raise InputError(f'{path} is damaged or was edited, its checksum differs: train again')
+        raise InputError(
+            f'{path} is damaged or was edited, its checksum differs: train again'
+        )
     return header
 
 # %% ../nbs/04d_checkpoints.ipynb #0a1595bf
 def load_classifier(
-    folder:str|Path, # of `save_classifier`
-    device='cpu',    # where the network goes
-)->tuple:            # the classifier in evaluation mode, and its header
+    folder: str | Path,  # of `save_classifier`
+    device='cpu',  # where the network goes
+) -> tuple:  # the classifier in evaluation mode, and its header
     "The network as it was saved: the same logits to the last bit."
     folder, header = Path(folder), classifier_header(folder)
-    tensors = load_tensors(folder/'model.safetensors')
-    if _sha256(folder/'model.safetensors') != header['weights_sha256']:
-        raise InputError(f'{folder}/model.safetensors does not belong to the model.json beside it: train again')
+    tensors = load_tensors(folder / 'model.safetensors')
+    if _sha256(folder / 'model.safetensors') != header['weights_sha256']:
+        raise InputError(
+            f'{folder}/model.safetensors does not belong to the model.json beside it: train again'
+        )
     state = {k: v for k, v in tensors.items() if not k.startswith('detector.')}
     unfit = _unfit(state, _built(header['network'], f'{folder}/model.json'))
-    if unfit: raise InputError(f'{folder}/model.safetensors does not fit the network as this version builds it ({unfit}): train again')
+    if unfit:
+        raise InputError(
+            f'{folder}/model.safetensors does not fit the network as this version builds it ({unfit}): train again'
+        )
     model = create_model(**header['network'])
     model.load_state_dict(state)
-    return (ReverseLogits(model) if header['reverse'] else model).to(device).eval(), header
+    return (ReverseLogits(model) if header['reverse'] else model).to(
+        device
+    ).eval(), header
 
 # %% ../nbs/04d_checkpoints.ipynb #0d2a5de2
 class EpochSeeds(Callback):
     "Seed every generator at the start of each epoch from `seed` and the epoch's number."
+
     order = -50
-    def __init__(self,
-        seed:int=0, # of the run
-    ): self.seed = seed
+
+    def __init__(
+        self,
+        seed: int = 0,  # of the run
+    ):
+        self.seed = seed
 
     def before_epoch(self):
         seed_everything(derive_seed(self.seed, 'epoch', self.epoch))
@@ -172,72 +257,102 @@ class EpochSeeds(Callback):
 
 # %% ../nbs/04d_checkpoints.ipynb #3bc2fabf
 def split_tensors(
-    nest,          # dicts, lists, tensors, numbers, strings
-    tensors:dict,  # is filled: name → tensor
-    name:str='',   # how the names begin
-):                 # what JSON can hold: {'tensor': name} for a tensor, {'items': pairs} for a dict
+    nest,  # dicts, lists, tensors, numbers, strings
+    tensors: dict,  # is filled: name → tensor
+    name: str = '',  # how the names begin
+):  # what JSON can hold: {'tensor': name} for a tensor, {'items': pairs} for a dict
     "Take the tensors out of a nest."
     if isinstance(nest, torch.Tensor):
         tensors[name] = nest
         return dict(tensor=name)
-    if isinstance(nest, dict): return dict(items=[[k, split_tensors(v, tensors, f'{name}.{k}')] for k, v in nest.items()])
-    if isinstance(nest, (list, tuple, L)): return [split_tensors(v, tensors, f'{name}.{i}') for i, v in enumerate(nest)]
+    if isinstance(nest, dict):
+        return dict(
+            items=[
+                [k, split_tensors(v, tensors, f'{name}.{k}')] for k, v in nest.items()
+            ]
+        )
+    if isinstance(nest, (list, tuple, L)):
+        return [split_tensors(v, tensors, f'{name}.{i}') for i, v in enumerate(nest)]
     return nest
 
+
 def join_tensors(
-    nest,         # of `split_tensors`
-    tensors:dict, # name → tensor
-):                # the nest with its tensors; tuples have become lists
+    nest,  # of `split_tensors`
+    tensors: dict,  # name → tensor
+):  # the nest with its tensors; tuples have become lists
     "Put the tensors back in."
-    if isinstance(nest, list): return [join_tensors(v, tensors) for v in nest]
-    if not isinstance(nest, dict): return nest
-    if 'tensor' in nest: return tensors[nest['tensor']]
+    if isinstance(nest, list):
+        return [join_tensors(v, tensors) for v in nest]
+    if not isinstance(nest, dict):
+        return nest
+    if 'tensor' in nest:
+        return tensors[nest['tensor']]
     return {k: join_tensors(v, tensors) for k, v in nest['items']}
 
 # %% ../nbs/04d_checkpoints.ipynb #981ca057
-def _stateful(learn)->dict: # name → object with `state_dict` and `load_state_dict`
+def _stateful(learn) -> dict:  # name → object with `state_dict` and `load_state_dict`
     scaler = getattr(learn, 'scaler', None)
-    return dict(model=learn.model, opt=learn.opt) | ({} if scaler is None else dict(scaler=scaler))
+    return dict(model=learn.model, opt=learn.opt) | (
+        {} if scaler is None else dict(scaler=scaler)
+    )
 
-def _to(nest, device): # every tensor of a nest on `device`
-    if isinstance(nest, torch.Tensor): return nest.to(device)
-    if isinstance(nest, dict): return {k: _to(v, device) for k, v in nest.items()}
+
+def _to(nest, device):  # every tensor of a nest on `device`
+    if isinstance(nest, torch.Tensor):
+        return nest.to(device)
+    if isinstance(nest, dict):
+        return {k: _to(v, device) for k, v in nest.items()}
     return [_to(v, device) for v in nest] if isinstance(nest, list) else nest
 
 # %% ../nbs/04d_checkpoints.ipynb #76c4fe64
 def not_finite(
     tensors,  # name → tensor; whole numbers are always finite
-)->list:      # names of those that hold an infinity or NaN
+) -> list:  # names of those that hold an infinity or NaN
     "Which tensors have diverged."
     return [k for k, v in tensors.items() if not torch.isfinite(v).all()]
 
+
 def check_finite(
-    learn,     # a fastai `Learner` at the end of an epoch
-    epoch:int, # which one, from 1
+    learn,  # a fastai `Learner` at the end of an epoch
+    epoch: int,  # which one, from 1
 ):
     "`RunFailed` where the weights are no longer finite."
-    weights, bad = dict(learn.model.named_parameters()), not_finite(dict(learn.model.named_parameters()))
+    weights, bad = (
+        dict(learn.model.named_parameters()),
+        not_finite(dict(learn.model.named_parameters())),
+    )
     rate = max(float(h['lr']) for h in learn.opt.hypers)
-    if bad: raise RunFailed(f'the training diverged in epoch {epoch}: {len(bad)} of {len(weights)} weight tensors are not finite; '
-                            f'nothing of this epoch was stored, train with a smaller learning rate than {rate:g}')
+    if bad:
+        raise RunFailed(
+            f'the training diverged in epoch {epoch}: {len(bad)} of {len(weights)} weight tensors are not finite; '
+            f'nothing of this epoch was stored, train with a smaller learning rate than {rate:g}'
+        )
 
 # %% ../nbs/04d_checkpoints.ipynb #19bcf4c5
 class ResumableTraining(Callback):
     "Checkpoint after every epoch; a later `fit` of the same length goes on where the file ends, with the same final numbers."
-    order = 61 # after the recorder
-    def __init__(self,
-        path:str|Path,      # the checkpoint, a safetensors file
-        seed:int=0,         # of the run, see `EpochSeeds`
-        settings:dict=None, # what must be the same when training goes on; JSON
-        on_epoch=None,      # called with (epochs done, epochs in all)
+
+    order = 61  # after the recorder
+
+    def __init__(
+        self,
+        path: str | Path,  # the checkpoint, a safetensors file
+        seed: int = 0,  # of the run, see `EpochSeeds`
+        settings: dict = None,  # what must be the same when training goes on; JSON
+        on_epoch=None,  # called with (epochs done, epochs in all)
     ):
         self.path, self.settings, self.on_epoch = Path(path), settings or {}, on_epoch
         self.seeds, self.rows = EpochSeeds(seed), []
 
     def before_fit(self):
-        self.settings = {**self.settings, 'seed': self.seeds.seed, 'epochs': self.n_epoch}
+        self.settings = {
+            **self.settings,
+            'seed': self.seeds.seed,
+            'epochs': self.n_epoch,
+        }
         self.seeds.learn, self.rows = self.learn, []
-        if self.path.exists(): self._restore()
+        if self.path.exists():
+            self._restore()
 
     def before_epoch(self):
         self.seeds.before_epoch()
@@ -248,49 +363,89 @@ class ResumableTraining(Callback):
     def after_epoch(self):
         if self.epoch >= len(self.rows):
             check_finite(self.learn, self.epoch + 1)
-            self.rows.append([float('nan') if v is None else float(v) for v in self.learn.recorder.values[-1]])
-            if not rank_distrib(): self._save()
-        if self.on_epoch: self.on_epoch(self.epoch + 1, self.n_epoch)
+            self.rows.append(
+                [
+                    float('nan') if v is None else float(v)
+                    for v in self.learn.recorder.values[-1]
+                ]
+            )
+            if not rank_distrib():
+                self._save()
+        if self.on_epoch:
+            self.on_epoch(self.epoch + 1, self.n_epoch)
 
 # %% ../nbs/04d_checkpoints.ipynb #3c1194ee
 def differences(
-    theirs:dict, # what a file says
-    ours:dict,   # what is asked for
-)->str:          # 'epochs: 40 there, 20 asked for; …', or '' where they agree
+    theirs: dict,  # what a file says
+    ours: dict,  # what is asked for
+) -> str:  # 'epochs: 40 there, 20 asked for; …', or '' where they agree
     "What keeps two sets of settings apart, in words."
-    return '; '.join(f'{k}: {theirs.get(k)} there, {v} asked for' for k, v in ours.items() if theirs.get(k) != v)
+    return '; '.join(
+        f'{k}: {theirs.get(k)} there, {v} asked for'
+        for k, v in ours.items()
+        if theirs.get(k) != v
+    )
 
 # %% ../nbs/04d_checkpoints.ipynb #801d18fa
-def _smooth_state(recorder): # fastai's running mean of the training loss
+def _smooth_state(recorder):  # fastai's running mean of the training loss
     loss = recorder.smooth_loss
     return dict(count=loss.count, val=loss.val)
 
 # %% ../nbs/04d_checkpoints.ipynb #5bd420e7
 @patch
-def _save(self:ResumableTraining):
-    tensors, states = {}, {name: o.state_dict() for name, o in _stateful(self.learn).items()}
-    header = dict(format=_checkpoint_format, settings=self.settings, rows=self.rows,
-                  states=split_tensors(states, tensors), smooth_loss=split_tensors(_smooth_state(self.learn.recorder), tensors, 'smooth'))
+def _save(self: ResumableTraining):
+    tensors, states = (
+        {},
+        {name: o.state_dict() for name, o in _stateful(self.learn).items()},
+    )
+    header = dict(
+        format=_checkpoint_format,
+        settings=self.settings,
+        rows=self.rows,
+        states=split_tensors(states, tensors),
+        smooth_loss=split_tensors(
+            _smooth_state(self.learn.recorder), tensors, 'smooth'
+        ),
+    )
     save_tensors({k: v.clone() for k, v in tensors.items()}, self.path, header)
 
+
 @patch
-def _restore(self:ResumableTraining):
+def _restore(self: ResumableTraining):
     tensors, header = read_tensors(self.path)
-    if not isinstance(header, dict) or header.get('format') != _checkpoint_format: raise InputError(f'{self.path} is no checkpoint of this library: delete it or name another')
+    if not isinstance(header, dict) or header.get('format') != _checkpoint_format:
+        raise InputError(
+            f'{self.path} is no checkpoint of this library: delete it or name another'
+        )
     apart = differences(header['settings'], json.loads(json.dumps(self.settings)))
-    if apart: raise InputError(f'{self.path} belongs to another run ({apart}): delete it or name another')
+    if apart:
+        raise InputError(
+            f'{self.path} belongs to another run ({apart}): delete it or name another'
+        )
     model, states = self.learn.model, join_tensors(header['states'], tensors)
     self._check_state(model, states['model'])
     device = next(model.parameters()).device
-    for name, o in _stateful(self.learn).items(): o.load_state_dict(_to(states[name], device))
-    for name, value in join_tensors(header['smooth_loss'], tensors).items(): setattr(self.learn.recorder.smooth_loss, name, value)
+    for name, o in _stateful(self.learn).items():
+        o.load_state_dict(_to(states[name], device))
+    for name, value in join_tensors(header['smooth_loss'], tensors).items():
+        setattr(self.learn.recorder.smooth_loss, name, value)
     self.rows = header['rows']
 
+
 @patch
-def _check_state(self:ResumableTraining, model, state): # before anything of it is used
+def _check_state(
+    self: ResumableTraining, model, state
+):  # before anything of it is used
     unfit = _unfit(state, model)
-    if unfit: raise InputError(f'{self.path} belongs to another network ({unfit}): delete it or name another')
+    if unfit:
+        raise InputError(
+            f'{self.path} belongs to another network ({unfit}): delete it or name another'
+        )
     bad = not_finite({name: state[name] for name, _ in model.named_parameters()})
-    if bad: raise RunFailed(f'{self.path} is of a training that diverged ({bad[0]} is not finite): train anew, with a smaller learning rate')
+    if bad:
+        raise RunFailed(
+            f'{self.path} is of a training that diverged ({bad[0]} is not finite): train anew, with a smaller learning rate'
+        )
+
 
 _checkpoint_format = 'complement_objectives checkpoint 1'

@@ -13,104 +13,252 @@ import click
 
 # %% ../nbs/12_cli.ipynb #07dcfdfa
 def fraction(
-    text, # '0.25', '1/4', or a number
-)->float: # `ValueError` or `ArithmeticError` for what is none
+    text,  # '0.25', '1/4', or a number
+) -> float:  # `ValueError` or `ArithmeticError` for what is none
     "A number that may be written as a fraction."
-    return float(Fraction(text)) if isinstance(text, str) and '/' in text else float(text)
+    return (
+        float(Fraction(text)) if isinstance(text, str) and '/' in text else float(text)
+    )
+
 
 class CommaList(click.ParamType):
     "A comma-separated list as a tuple."
+
     name = 'list'
-    def __init__(self,
-        convert=str, # what each piece becomes
-        what='name', # what a piece is, for the error message
+
+    def __init__(
+        self,
+        convert=str,  # what each piece becomes
+        what='name',  # what a piece is, for the error message
     ):
         self.piece, self.what = convert, what
 
     def convert(self, value, param, ctx):
-        if not isinstance(value, str): return value
-        try: return tuple(self.piece(o.strip()) for o in value.split(',') if o.strip())
-        except (ValueError, ArithmeticError): self.fail(f"'{value}' is not a list of {self.what}s separated by commas", param, ctx)
+        if not isinstance(value, str):
+            return value
+        try:
+            return tuple(self.piece(o.strip()) for o in value.split(',') if o.strip())
+        except (ValueError, ArithmeticError):
+            self.fail(
+                f"'{value}' is not a list of {self.what}s separated by commas",
+                param,
+                ctx,
+            )
 
 # %% ../nbs/12_cli.ipynb #042454ef
 class Number(click.ParamType):
     "A number, also written as a fraction such as 1/3."
+
     name = 'number'
+
     def convert(self, value, param, ctx):
-        try: return fraction(value)
-        except (ValueError, ArithmeticError): self.fail(f"'{value}' is not a number", param, ctx)
+        try:
+            return fraction(value)
+        except (ValueError, ArithmeticError):
+            self.fail(f"'{value}' is not a number", param, ctx)
 
 # %% ../nbs/12_cli.ipynb #e2d556d5
-@click.group(invoke_without_command=True, context_settings=dict(help_option_names=['-h', '--help'], max_content_width=110),
-             epilog='Examples: cobj study --objectives xe,gce --seeds 3, cobj train --objective cot')
+@click.group(
+    invoke_without_command=True,
+    context_settings=dict(help_option_names=['-h', '--help'], max_content_width=110),
+    epilog='Examples: cobj study --objectives xe,gce --seeds 3, cobj train --objective cot',
+)
 @click.version_option(package_name='complement_objectives', prog_name='cobj')
 @click.pass_context
 def cli(ctx):
     """Train classifiers on what they say about the wrong classes (COT, GCE, RCE), attack them, and see what that buys.
 
     Each command has a help page of its own: cobj COMMAND --help."""
-    if ctx.invoked_subcommand is None: click.echo(ctx.get_help())
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 # %% ../nbs/12_cli.ipynb #ce3e5203
-@cli.command(epilog='''Examples:
+@cli.command(
+    epilog="""Examples:
 
 \b
   cobj study
   cobj study --dataset mnist --root ~/data --seeds 3 --out results/mnist-3
   cobj study --objectives xe,gce --alpha 1/4 --attacks pgd --eps 0.05,0.1
 
-A study that was interrupted continues where it was when the same command is given again.''')
-@click.option('--dataset', default='digits', show_default=True, help='digits, mnist, fashion-mnist or cifar10. The digits need no files.')
-@click.option('--root', type=click.Path(), help='Folder of the data sets, in the layout of torchvision; may be read-only.  '
-              '[default: $COBJ_ROOT, else a cache folder]')
-@click.option('--objectives', type=CommaList(), default='xe,cot,gce,rce', show_default=True, help='What to train: xe, cot, gce, rce.')
-@click.option('--alpha', type=Number(), default='1/3', show_default=True, help="Exponent of GCE's guiding factor, above 0.")
-@click.option('--attacks', type=CommaList(), default='fgsm,bim,pgd', show_default=True, help='What to attack with: fgsm, bim, pgd, mim, ilcm, apgd_ce, '
-              'apgd_dlr, apgd_t, square, fmn at each ε; jsma, jsma_pairs, ddn, nearest_l2, cw, cw_hc, cw_wb at their own budgets.')
-@click.option('--eps', type=CommaList(fraction, 'number'), help='L∞ sizes of the perturbation, from 0 to 1, the whole pixel range.  '
-              '[default: 0.1,0.2,0.3; for cifar10 0.04,0.12,0.2]')
-@click.option('--seeds', type=int, default=2, show_default=True, help='How many networks to train for each objective.')
-@click.option('--epochs', type=int, help="Passes over the training images.  [default: the data set's recipe]")
-@click.option('--attack-images', type=int, help='How many test images to attack, spread evenly over the test set.  '
-              "[default: the data set's recipe]")
-@click.option('--out', type=click.Path(), help='Result folder.  [default: results/DATASET]')
+A study that was interrupted continues where it was when the same command is given again."""
+)
+@click.option(
+    '--dataset',
+    default='digits',
+    show_default=True,
+    help='digits, mnist, fashion-mnist or cifar10. The digits need no files.',
+)
+@click.option(
+    '--root',
+    type=click.Path(),
+    help='Folder of the data sets, in the layout of torchvision; may be read-only.  '
+    '[default: $COBJ_ROOT, else a cache folder]',
+)
+@click.option(
+    '--objectives',
+    type=CommaList(),
+    default='xe,cot,gce,rce',
+    show_default=True,
+    help='What to train: xe, cot, gce, rce.',
+)
+@click.option(
+    '--alpha',
+    type=Number(),
+    default='1/3',
+    show_default=True,
+    help="Exponent of GCE's guiding factor, above 0.",
+)
+@click.option(
+    '--attacks',
+    type=CommaList(),
+    default='fgsm,bim,pgd',
+    show_default=True,
+    help='What to attack with: fgsm, bim, pgd, mim, ilcm, apgd_ce, '
+    'apgd_dlr, apgd_t, square, fmn at each ε; jsma, jsma_pairs, ddn, nearest_l2, cw, cw_hc, cw_wb at their own budgets.',
+)
+@click.option(
+    '--eps',
+    type=CommaList(fraction, 'number'),
+    help='L∞ sizes of the perturbation, from 0 to 1, the whole pixel range.  '
+    '[default: 0.1,0.2,0.3; for cifar10 0.04,0.12,0.2]',
+)
+@click.option(
+    '--seeds',
+    type=int,
+    default=2,
+    show_default=True,
+    help='How many networks to train for each objective.',
+)
+@click.option(
+    '--epochs',
+    type=int,
+    help="Passes over the training images.  [default: the data set's recipe]",
+)
+@click.option(
+    '--attack-images',
+    type=int,
+    help='How many test images to attack, spread evenly over the test set.  '
+    "[default: the data set's recipe]",
+)
+@click.option(
+    '--out', type=click.Path(), help='Result folder.  [default: results/DATASET]'
+)
 @click.option('--device', default='auto', show_default=True, help='auto, cpu or cuda.')
-def study(dataset, root, objectives, alpha, attacks, eps, seeds, epochs, attack_images, out, device):
+def study(
+    dataset,
+    root,
+    objectives,
+    alpha,
+    attacks,
+    eps,
+    seeds,
+    epochs,
+    attack_images,
+    out,
+    device,
+):
     """Train, attack and compare the objectives; write tables, figures and a report.
 
     Prints the accuracy on clean and on attacked images and the AUC of the detection scores, with several seeds as mean ±
     standard deviation over them. The result folder holds a JSON file for each run, the tables, the figures and report.html."""
     from complement_objectives import study as s
-    config = s.StudyConfig.create(dataset, objectives, alpha, attacks, eps, seeds, epochs, attack_images)
+
+    config = s.StudyConfig.create(
+        dataset, objectives, alpha, attacks, eps, seeds, epochs, attack_images
+    )
     runs, report = s.study(config, out, root, device)
-    over = f'mean ± standard deviation over {config.seeds} seeds' if config.seeds > 1 else 'one seed'
+    over = (
+        f'mean ± standard deviation over {config.seeds} seeds'
+        if config.seeds > 1
+        else 'one seed'
+    )
     click.echo(f'\nAccuracy (%), {over}\n{s.accuracy_table(runs).to_string()}\n')
-    click.echo(f'Detection, AUC × 100, {over}\n{s.detection_table(runs).to_string()}\n\nReport: {report}')
+    click.echo(
+        f'Detection, AUC × 100, {over}\n{s.detection_table(runs).to_string()}\n\nReport: {report}'
+    )
 
 # %% ../nbs/12_cli.ipynb #feb860bd
-@click.command(epilog="""Examples:
+@click.command(
+    epilog="""Examples:
 
 \b
   cobj train --objective cot
   cobj train --dataset cifar10 --root ~/data --model resnet110 --objective cot --preset he2016_cifar --augment
   cobj train --dataset mnist --root ~/data --objective gce --adversarial 0.3 --out models/gce-adversarial
 
-A training that was interrupted continues after its last finished epoch when the same command is given again.""")
-@click.option('--dataset', default='digits', show_default=True, help='digits, mnist, fashion-mnist or cifar10. The digits need no files.')
-@click.option('--root', type=click.Path(), help='Folder of the data sets, in the layout of torchvision; may be read-only.  '
-              '[default: $COBJ_ROOT, else a cache folder]')
-@click.option('--model', help="Network, for instance lenet5, resnet20, wrn_28_10.  [default: the data set's recipe]")
-@click.option('--objective', default='xe', show_default=True, help='xe, cot, gce or rce.')
-@click.option('--alpha', type=Number(), default='1/3', show_default=True, help="Exponent of GCE's guiding factor, above 0.")
-@click.option('--preset', help="A paper's optimizer and schedule, for instance he2016_cifar.  [default: Adam at a constant rate]")
-@click.option('--epochs', type=int, help="Passes over the training images.  [default: the preset's or the recipe's]")
-@click.option('--batch-size', type=int, help="Images an update.  [default: the preset's or the recipe's]")
-@click.option('--lr', type=float, help="Learning rate to start with.  [default: the preset's or the recipe's]")
-@click.option('--augment', is_flag=True, help='Padded crops of the training images, and mirroring where it makes sense.')
-@click.option('--adversarial', type=Number(), help='Train on adversarial images (PGD, 10 steps) of this L∞ size.')
-@click.option('--precision', default='fp32', show_default=True, help='fp32, bf16 or fp16 (GPU).')
-@click.option('--seed', type=int, default=0, show_default=True, help='Of initialisation, batches and augmentation.')
-@click.option('--out', type=click.Path(), help='Folder for the network.  [default: models/DATASET-MODEL-OBJECTIVE-SEED]')
+A training that was interrupted continues after its last finished epoch when the same command is given again."""
+)
+@click.option(
+    '--dataset',
+    default='digits',
+    show_default=True,
+    help='digits, mnist, fashion-mnist or cifar10. The digits need no files.',
+)
+@click.option(
+    '--root',
+    type=click.Path(),
+    help='Folder of the data sets, in the layout of torchvision; may be read-only.  '
+    '[default: $COBJ_ROOT, else a cache folder]',
+)
+@click.option(
+    '--model',
+    help="Network, for instance lenet5, resnet20, wrn_28_10.  [default: the data set's recipe]",
+)
+@click.option(
+    '--objective', default='xe', show_default=True, help='xe, cot, gce or rce.'
+)
+@click.option(
+    '--alpha',
+    type=Number(),
+    default='1/3',
+    show_default=True,
+    help="Exponent of GCE's guiding factor, above 0.",
+)
+@click.option(
+    '--preset',
+    help="A paper's optimizer and schedule, for instance he2016_cifar.  [default: Adam at a constant rate]",
+)
+@click.option(
+    '--epochs',
+    type=int,
+    help="Passes over the training images.  [default: the preset's or the recipe's]",
+)
+@click.option(
+    '--batch-size',
+    type=int,
+    help="Images an update.  [default: the preset's or the recipe's]",
+)
+@click.option(
+    '--lr',
+    type=float,
+    help="Learning rate to start with.  [default: the preset's or the recipe's]",
+)
+@click.option(
+    '--augment',
+    is_flag=True,
+    help='Padded crops of the training images, and mirroring where it makes sense.',
+)
+@click.option(
+    '--adversarial',
+    type=Number(),
+    help='Train on adversarial images (PGD, 10 steps) of this L∞ size.',
+)
+@click.option(
+    '--precision', default='fp32', show_default=True, help='fp32, bf16 or fp16 (GPU).'
+)
+@click.option(
+    '--seed',
+    type=int,
+    default=0,
+    show_default=True,
+    help='Of initialisation, batches and augmentation.',
+)
+@click.option(
+    '--out',
+    type=click.Path(),
+    help='Folder for the network.  [default: models/DATASET-MODEL-OBJECTIVE-SEED]',
+)
 @click.option('--device', default='auto', show_default=True, help='auto, cpu or cuda.')
 def train(root, out, device, **settings):
     """Train one network and save it: weights as safetensors, everything else as JSON.
@@ -118,26 +266,70 @@ def train(root, out, device, **settings):
     Prints the accuracy on the test images after the last epoch. No epoch is chosen by it."""
     from tqdm import tqdm
     from complement_objectives import recipes as r
+
     config = r.training_config(**settings)
-    out = out or f'models/{config.dataset}-{config.model}-{config.objective}-{config.seed}'
+    out = (
+        out
+        or f'models/{config.dataset}-{config.model}-{config.objective}-{config.seed}'
+    )
     with tqdm(total=config.epochs, unit='epoch', disable=None) as bar:
-        def progress(done, total): bar.update(done - bar.n)
+
+        def progress(done, total):
+            bar.update(done - bar.n)
+
         _, header = r.train_network(config, out, root, device, progress)
     last = header['history'][-1]['accuracy']
-    if last < 1.5/len(header['class_names']): click.echo(f'cobj: careful: accuracy {100*last:.1f} % is hardly better than guessing', err=True)
-    click.echo(f"{r.OBJECTIVES[config.objective].title}, {config.model} on {config.dataset}: test accuracy "
-               f"{100*last:.2f} % after {config.epochs} epochs ({header['seconds']:.1f} s)\nNetwork: {out}")
+    if last < 1.5 / len(header['class_names']):
+        click.echo(
+            f'cobj: careful: accuracy {100 * last:.1f} % is hardly better than guessing',
+            err=True,
+        )
+    click.echo(
+        f'{r.OBJECTIVES[config.objective].title}, {config.model} on {config.dataset}: test accuracy '
+        f'{100 * last:.2f} % after {config.epochs} epochs ({header["seconds"]:.1f} s)\nNetwork: {out}'
+    )
+
 
 cli.add_command(train)
 
 # %% ../nbs/12_cli.ipynb #60fd9cfa
-@click.command(epilog='Example: cobj attack models/digits-digits_cnn-rce-0 --attacks pgd,apgd_dlr,square --eps 0.1,0.2')
+@click.command(
+    epilog='Example: cobj attack models/digits-digits_cnn-rce-0 --attacks pgd,apgd_dlr,square --eps 0.1,0.2'
+)
 @click.argument('folder', type=click.Path())
-@click.option('--attacks', type=CommaList(), default='fgsm,bim,pgd', show_default=True, help='What to attack with; see cobj study --help.')
-@click.option('--eps', type=CommaList(fraction, 'number'), default='0.1,0.2', show_default=True, help='L∞ sizes of the perturbation, from 0 to 1.')
-@click.option('--images', type=int, default=500, show_default=True, help='How many test images, spread evenly over the test set.')
-@click.option('--seed', type=int, default=0, show_default=True, help='Of random starts and targets.')
-@click.option('--root', type=click.Path(), help='Folder of the data sets.  [default: $COBJ_ROOT, else a cache folder]')
+@click.option(
+    '--attacks',
+    type=CommaList(),
+    default='fgsm,bim,pgd',
+    show_default=True,
+    help='What to attack with; see cobj study --help.',
+)
+@click.option(
+    '--eps',
+    type=CommaList(fraction, 'number'),
+    default='0.1,0.2',
+    show_default=True,
+    help='L∞ sizes of the perturbation, from 0 to 1.',
+)
+@click.option(
+    '--images',
+    type=int,
+    default=500,
+    show_default=True,
+    help='How many test images, spread evenly over the test set.',
+)
+@click.option(
+    '--seed',
+    type=int,
+    default=0,
+    show_default=True,
+    help='Of random starts and targets.',
+)
+@click.option(
+    '--root',
+    type=click.Path(),
+    help='Folder of the data sets.  [default: $COBJ_ROOT, else a cache folder]',
+)
 @click.option('--device', default='auto', show_default=True, help='auto, cpu or cuda.')
 def attack(folder, attacks, eps, images, seed, root, device):
     """Attack the network in FOLDER, which cobj train wrote; results go to FOLDER/attacks.
@@ -146,21 +338,42 @@ def attack(folder, attacks, eps, images, seed, root, device):
     worst case over the attacks that share it and their images."""
     from tqdm import tqdm
     from complement_objectives.saved import attack_saved, attack_words, in_words
+
     with tqdm(total=len(attacks), unit='attack', disable=None) as bar:
+
         def progress(done, total, name):
             bar.update(done - bar.n)
             bar.set_description(name)
+
         table = attack_saved(folder, attacks, eps, images, seed, root, device, progress)
     click.echo('\n'.join([in_words(table).to_string(), '', *attack_words(folder)]))
+
 
 cli.add_command(attack)
 
 # %% ../nbs/12_cli.ipynb #7bcbe680
-@click.command(epilog='Example: cobj detect models/digits-digits_cnn-rce-0 --detector k-density --fpr 0.05')
+@click.command(
+    epilog='Example: cobj detect models/digits-digits_cnn-rce-0 --detector k-density --fpr 0.05'
+)
 @click.argument('folder', type=click.Path())
-@click.option('--detector', default='k-density', show_default=True, help='confidence, non-me, k-density, max-logit, energy, mahalanobis or knn.')
-@click.option('--fpr', type=Number(), default='0.05', show_default=True, help='Share of normal inputs that may be rejected.')
-@click.option('--root', type=click.Path(), help='Folder of the data sets.  [default: $COBJ_ROOT, else a cache folder]')
+@click.option(
+    '--detector',
+    default='k-density',
+    show_default=True,
+    help='confidence, non-me, k-density, max-logit, energy, mahalanobis or knn.',
+)
+@click.option(
+    '--fpr',
+    type=Number(),
+    default='0.05',
+    show_default=True,
+    help='Share of normal inputs that may be rejected.',
+)
+@click.option(
+    '--root',
+    type=click.Path(),
+    help='Folder of the data sets.  [default: $COBJ_ROOT, else a cache folder]',
+)
 @click.option('--device', default='auto', show_default=True, help='auto, cpu or cuda.')
 def detect(folder, detector, fpr, root, device):
     """Give the network in FOLDER the answer NOT SURE; the two go to FOLDER/robust.
@@ -168,45 +381,75 @@ def detect(folder, detector, fpr, root, device):
     Prints how many normal and attacked images (those of cobj attack) still get an answer, and how often it is right.
     One half of the test images sets the threshold, the other is judged."""
     from complement_objectives.saved import detect_saved, in_words
+
     click.echo(in_words(detect_saved(folder, detector, fpr, root, device)).to_string())
+
 
 @click.command()
 @click.argument('folder', type=click.Path())
 def report(folder):
     """Write FOLDER/report.html: training, attacks and detector of the network in FOLDER on one page."""
     from complement_objectives.saved import report_saved
+
     click.echo(f'Report: {report_saved(folder)}')
 
-for command in (detect, report): cli.add_command(command)
+
+for command in (detect, report):
+    cli.add_command(command)
 
 # %% ../nbs/12_cli.ipynb #10ba4861
 def main(
-    args=None, # arguments, or None for those of the process
+    args=None,  # arguments, or None for those of the process
 ):
     "The `cobj` command: one line and exit status 2 for bad input, 1 for a run that failed."
-    if not sys.warnoptions: warnings.simplefilter('ignore')
+    if not sys.warnoptions:
+        warnings.simplefilter('ignore')
     os.environ.setdefault('GOMP_SPINCOUNT', '1000')
-    try: status = cli.main(args, prog_name='cobj', standalone_mode=False)
-    except click.exceptions.Abort: status = _stopped()
-    except click.ClickException as e: status = _say(f'error: {e.format_message()}', 2)
-    except Exception as e: status = _refused(e)
+    try:
+        status = cli.main(args, prog_name='cobj', standalone_mode=False)
+    except click.exceptions.Abort:
+        status = _stopped()
+    except click.ClickException as e:
+        status = _say(f'error: {e.format_message()}', 2)
+    except Exception as e:
+        status = _refused(e)
     sys.exit(status or 0)
 
 # %% ../nbs/12_cli.ipynb #9d9f4b92
-def _say(message:str, status:int)->int: # one line on standard error
-    click.echo(f"cobj: {' '.join(message.split())}", err=True)
+def _say(message: str, status: int) -> int:  # one line on standard error
+    click.echo(f'cobj: {" ".join(message.split())}', err=True)
     return status
 
-def _stopped()->int: # by Ctrl-C
+
+def _stopped() -> int:  # by Ctrl-C
     return _say('interrupted: the same command continues where it was', 130)
 
-def _came_of_ctrl_c(error)->bool: # a library that was interrupted in its locks raises something else on the way out
-    return isinstance(error, KeyboardInterrupt) or error is not None and _came_of_ctrl_c(error.__context__)
 
-def _refused(error:Exception)->int: # bad input and a failed run are said; a fault of the library keeps its traceback
+def _came_of_ctrl_c(
+    error,
+) -> (
+    bool
+):  # a library that was interrupted in its locks raises something else on the way out
+    return (
+        isinstance(error, KeyboardInterrupt)
+        or error is not None
+        and _came_of_ctrl_c(error.__context__)
+    )
+
+
+def _refused(
+    error: Exception,
+) -> (
+    int
+):  # bad input and a failed run are said; a fault of the library keeps its traceback
     from complement_objectives.core import InputError, RunFailed
-    if _came_of_ctrl_c(error): return _stopped()
-    if isinstance(error, InputError): return _say(f'error: {error}', 2)
-    if isinstance(error, RunFailed): return _say(f'failed: {error}', 1)
-    if isinstance(error, OSError) and error.filename: return _say(f'failed: {error.filename2 or error.filename}: {error.strerror}', 1)
+
+    if _came_of_ctrl_c(error):
+        return _stopped()
+    if isinstance(error, InputError):
+        return _say(f'error: {error}', 2)
+    if isinstance(error, RunFailed):
+        return _say(f'failed: {error}', 1)
+    if isinstance(error, OSError) and error.filename:
+        return _say(f'failed: {error.filename2 or error.filename}: {error.strerror}', 1)
     raise error

@@ -22,7 +22,14 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 
 from .core import InputError, check_positive, choose
-from .learners import Attached, as_predicted, class_axis, conceals, flattened, ignored_index
+from complement_objectives.learners import (
+    Attached,
+    as_predicted,
+    class_axis,
+    conceals,
+    flattened,
+    ignored_index,
+)
 from .losses import ComplementEntropyLoss
 
 # %% ../nbs/04_complement.ipynb #629762dc
@@ -31,147 +38,261 @@ from .two_updates import complement_step
 _all_ = ['complement_step']
 
 # %% ../nbs/04_complement.ipynb #85f63f7f
-def _inner(opt): return opt.opt if isinstance(opt, OptimWrapper) else opt # the one that holds state and hyper-parameters
-def _hypers(opt): return opt.opt.param_groups if isinstance(opt, OptimWrapper) else opt.hypers # dicts, to be written to
+def _inner(opt):
+    return (
+        opt.opt if isinstance(opt, OptimWrapper) else opt
+    )  # the one that holds state and hyper-parameters
+
+
+def _hypers(opt):
+    return (
+        opt.opt.param_groups if isinstance(opt, OptimWrapper) else opt.hypers
+    )  # dicts, to be written to
+
 
 def _follow(
-    source, # `learn.opt`
-    target, # the second optimizer, over the same groups
+    source,  # `learn.opt`
+    target,  # the second optimizer, over the same groups
 ):
     "Learning rate, momentum and all other hyper-parameters of `source`."
-    for theirs, ours in zip(_hypers(source), _hypers(target)): ours.update({k: v for k, v in theirs.items() if k != 'params'})
+    for theirs, ours in zip(_hypers(source), _hypers(target)):
+        ours.update({k: v for k, v in theirs.items() if k != 'params'})
 
 # %% ../nbs/04_complement.ipynb #bc08b729
 def _nested_states(
-    opt, # `learn.opt`
-)->dict: # parameter → state of the second optimizer, kept in that of `opt`
+    opt,  # `learn.opt`
+) -> dict:  # parameter → state of the second optimizer, kept in that of `opt`
     "The second optimizer's state, inside the first one's."
     params = [p for group in opt.param_lists for p in group]
     if isinstance(opt, OptimWrapper):
         kept = opt.opt.state.setdefault('complement', {})
         return {p: kept.setdefault(i, {}) for i, p in enumerate(params)}
-    return {p: opt.state[p].setdefault('complement', {k: v for k, v in opt.state[p].items() if k == 'do_wd'}) for p in params}
+    return {
+        p: opt.state[p].setdefault(
+            'complement', {k: v for k, v in opt.state[p].items() if k == 'do_wd'}
+        )
+        for p in params
+    }
 
 # %% ../nbs/04_complement.ipynb #bea8a31d
 @contextmanager
 def _weight_decay(
-    opt, # fastai optimizer
+    opt,  # fastai optimizer
     wd,  # weight decay for the block, or None to leave it
 ):
     "Another weight decay for a while."
     before = [h.get('wd') for h in opt.hypers]
-    if wd is not None: opt.set_hyper('wd', wd)
-    try: yield
+    if wd is not None:
+        opt.set_hyper('wd', wd)
+    try:
+        yield
     finally:
-        if wd is not None: opt.set_hyper('wd', before)
+        if wd is not None:
+            opt.set_hyper('wd', before)
 
 # %% ../nbs/04_complement.ipynb #05293f93
 class _DeviceMean:
     "Mean of per-batch losses over samples, kept on the losses' device."
-    def __init__(self): self.total, self.n = 0., 0
-    def add(self,
-        loss, # mean over a batch
-        n,    # how many targets it is the mean of: a number, or a 0-dim tensor
+
+    def __init__(self):
+        self.total, self.n = 0.0, 0
+
+    def add(
+        self,
+        loss,  # mean over a batch
+        n,  # how many targets it is the mean of: a number, or a 0-dim tensor
     ):
         n = torch.as_tensor(n, device=loss.device)
-        self.total, self.n = self.total + (loss.detach()*n).where(n > 0, 0), self.n + n
-    def value(self): # 0-dim tensor; NaN when nothing was added
-        if not torch.is_tensor(self.total): return float('nan')
-        total, n = maybe_gather(torch.stack([self.total, self.n.to(self.total)])[None]).sum(0)
-        return total/n
+        self.total, self.n = (
+            self.total + (loss.detach() * n).where(n > 0, 0),
+            self.n + n,
+        )
+
+    def value(self):  # 0-dim tensor; NaN when nothing was added
+        if not torch.is_tensor(self.total):
+            return float('nan')
+        total, n = maybe_gather(
+            torch.stack([self.total, self.n.to(self.total)])[None]
+        ).sum(0)
+        return total / n
 
 # %% ../nbs/04_complement.ipynb #40a34bea
 class _ComplementRecord(Attached):
     "Adds `complement_loss` to the recorder's columns: its mean over an epoch's training samples."
-    run_valid, _open = False, False # is a fit going on, or was one interrupted?
-    refused = {MixHandler: 'complement entropy needs one true class a sample', NonNativeMixedPrecision: 'use to_fp16() or to_bf16()'}
+
+    run_valid, _open = False, False  # is a fit going on, or was one interrupted?
+    refused = {
+        MixHandler: 'complement entropy needs one true class a sample',
+        NonNativeMixedPrecision: 'use to_fp16() or to_bf16()',
+    }
 
     def before_fit(self):
         for cls, why in self.refused.items():
-            if self.learn._grab_cbs(cls): raise InputError(f'{self} does not work with {self.learn._grab_cbs(cls)[0]}: {why}')
-        if len(self.learn._grab_cbs(_ComplementRecord)) > 1: raise InputError('more than one complement callback: remove all but one')
+            if self.learn._grab_cbs(cls):
+                raise InputError(
+                    f'{self} does not work with {self.learn._grab_cbs(cls)[0]}: {why}'
+                )
+        if len(self.learn._grab_cbs(_ComplementRecord)) > 1:
+            raise InputError('more than one complement callback: remove all but one')
         self._sweep()
-        self._open, self.tried, self.complement_mean, self.epoch_complement = True, False, None, float('nan')
-        self.learn.metrics = self.learn.metrics + [ValueMetric(self._column, 'complement_loss')]
-        if hasattr(self.complement_loss, 'to'): self.complement_loss.to(next(self.learn.model.parameters()).device)
+        self._open, self.tried, self.complement_mean, self.epoch_complement = (
+            True,
+            False,
+            None,
+            float('nan'),
+        )
+        self.learn.metrics = self.learn.metrics + [
+            ValueMetric(self._column, 'complement_loss')
+        ]
+        if hasattr(self.complement_loss, 'to'):
+            self.complement_loss.to(next(self.learn.model.parameters()).device)
         self.objective, self.ignored = self._read_learner()
 
-    def before_train(self): self.complement_mean = _DeviceMean()
-    def after_train(self): self.epoch_complement = self.complement_mean.value()
+    def before_train(self):
+        self.complement_mean = _DeviceMean()
+
+    def after_train(self):
+        self.epoch_complement = self.complement_mean.value()
+
     def before_validate(self):
-        if self.complement_mean is None: self._hide_column()
+        if self.complement_mean is None:
+            self._hide_column()
+
     def after_fit(self):
         self._hide_column()
         self._open, self.objective = False, None
-    def _leave(self, learn): self._sweep()
 
-    def _column(self): # a fastai recorder with training metrics has two columns; the number belongs into the first
-        twice = not self.learn.training and any(o.train_metrics for o in self.learn._grab_cbs(Recorder))
+    def _leave(self, learn):
+        self._sweep()
+
+    def _column(
+        self,
+    ):  # a fastai recorder with training metrics has two columns; the number belongs into the first
+        twice = not self.learn.training and any(
+            o.train_metrics for o in self.learn._grab_cbs(Recorder)
+        )
         return float('nan') if twice else self.epoch_complement
-    def _hide_column(self): self.learn.metrics = [m for m in self.learn.metrics if getattr(m, 'metric_name', None) != 'complement_loss']
-    def _sweep(self): # what an interrupted fit left behind
+
+    def _hide_column(self):
+        self.learn.metrics = [
+            m
+            for m in self.learn.metrics
+            if getattr(m, 'metric_name', None) != 'complement_loss'
+        ]
+
+    def _sweep(self):  # what an interrupted fit left behind
         self._hide_column()
         if self._open:
-            for p in self.learn.model.parameters(): p.grad = None
+            for p in self.learn.model.parameters():
+                p.grad = None
         self._open = False
 
 # %% ../nbs/04_complement.ipynb #569cd26e
 @patch
-def _read_learner(self:_ComplementRecord)->tuple: # the objective of prediction and targets, and the targets that it ignores
+def _read_learner(
+    self: _ComplementRecord,
+) -> tuple:  # the objective of prediction and targets, and the targets that it ignores
     learn, loss = self.learn, self.complement_loss
-    if isinstance(loss, str): return lambda pred, *yb: learn.loss_func(pred, *yb), [ignored_index(learn.loss_func)]
-    if loss is None: loss = ComplementEntropyLoss(ignore_index=ignored_index(learn.loss_func))
-    if not isinstance(loss, ComplementEntropyLoss): return loss, [ignored_index(loss)]
+    if isinstance(loss, str):
+        return lambda pred, *yb: learn.loss_func(pred, *yb), [
+            ignored_index(learn.loss_func)
+        ]
+    if loss is None:
+        loss = ComplementEntropyLoss(ignore_index=ignored_index(learn.loss_func))
+    if not isinstance(loss, ComplementEntropyLoss):
+        return loss, [ignored_index(loss)]
     axis, concealed = class_axis(learn.loss_func), conceals(learn.loss_func)
     theirs, ours = ignored_index(learn.loss_func), loss.ignore_index
-    def objective(pred, target): # what either loss ignores counts for nothing
+
+    def objective(pred, target):  # what either loss ignores counts for nothing
         z, t = flattened(-pred if concealed else pred, target, axis)
         return loss(z, t if theirs == ours else t.long().masked_fill(t == theirs, ours))
+
     return objective, [ours, theirs]
 
+
 @patch
-def _complement(self:_ComplementRecord): # the loss of the learner's prediction, noted for the column
+def _complement(
+    self: _ComplementRecord,
+):  # the loss of the learner's prediction, noted for the column
     learn = self.learn
     loss = self.objective(learn.pred, *learn.yb)
-    self.complement_mean.add(loss, torch.stack([learn.yb[0] != i for i in self.ignored]).all(0).sum())
+    self.complement_mean.add(
+        loss, torch.stack([learn.yb[0] != i for i in self.ignored]).all(0).sum()
+    )
     return loss
 
+
 @patch
-def _try(self:_ComplementRecord): # once in a fit, before its first update
+def _try(self: _ComplementRecord):  # once in a fit, before its first update
     self.tried, weight = True, getattr(self.complement_loss, 'weight', None)
     n_classes = self.learn.pred.shape[class_axis(self.learn.loss_func)]
-    if torch.is_tensor(weight) and weight.shape != (n_classes,): raise InputError(f'the complement loss has weights of shape {tuple(weight.shape)}: {n_classes} classes need ({n_classes},)')
-    with torch.no_grad(): loss = self.objective(self.learn.pred, *self.learn.yb)
-    if loss.ndim: raise InputError(f"the complement loss is of shape {tuple(loss.shape)}: it must be one number a batch, reduction='mean' or 'sum'")
+    if torch.is_tensor(weight) and weight.shape != (n_classes,):
+        raise InputError(
+            f'the complement loss has weights of shape {tuple(weight.shape)}: {n_classes} classes need ({n_classes},)'
+        )
+    with torch.no_grad():
+        loss = self.objective(self.learn.pred, *self.learn.yb)
+    if loss.ndim:
+        raise InputError(
+            f"the complement loss is of shape {tuple(loss.shape)}: it must be one number a batch, reduction='mean' or 'sum'"
+        )
 
-def _check_loss(loss_func, names=()): # a function, None, or one of the names
-    if isinstance(loss_func, str) and names: choose(loss_func, dict.fromkeys(names), 'loss_func')
-    elif loss_func is not None and not callable(loss_func): raise InputError(f'loss_func is {loss_func!r}: give a function of logits and classes, or None')
 
-def _check_factor(value, name): # a number, or one a group
-    for v in L(value): check_positive(v, name, zero=True)
+def _check_loss(loss_func, names=()):  # a function, None, or one of the names
+    if isinstance(loss_func, str) and names:
+        choose(loss_func, dict.fromkeys(names), 'loss_func')
+    elif loss_func is not None and not callable(loss_func):
+        raise InputError(
+            f'loss_func is {loss_func!r}: give a function of logits and classes, or None'
+        )
+
+
+def _check_factor(value, name):  # a number, or one a group
+    for v in L(value):
+        check_positive(v, name, zero=True)
 
 # %% ../nbs/04_complement.ipynb #a291a017
 class ComplementTraining(_ComplementRecord):
     "COT Algorithm 1: after each update by the learner's loss, a new forward pass and an update by the complement objective."
-    order, replayed = 12, (MixedPrecision, GradientClip) # after these; they take part in the second pass too
 
-    def __init__(self,
-        loss_func=None,          # complement objective; None: `ComplementEntropyLoss()` (COT Eq 3), with the learner's `ignore_index`; 'primary': the learner's loss, a control
-        optimizer:str='second',  # 'second': an optimizer with a state of its own, as published; 'shared': step with `learn.opt`
-        wd:float|None=None,      # weight decay of the complement update, at least 0; None: that of `learn.opt`, as published; 0: none
-        opt_func=None,           # makes the 'second' one; its settings follow `learn.opt`; None: the learner's `opt_func`
+    order, replayed = (
+        12,
+        (MixedPrecision, GradientClip),
+    )  # after these; they take part in the second pass too
+
+    def __init__(
+        self,
+        loss_func=None,  # complement objective; None: `ComplementEntropyLoss()` (COT Eq 3), with the learner's `ignore_index`; 'primary': the learner's loss, a control
+        optimizer: str = 'second',  # 'second': an optimizer with a state of its own, as published; 'shared': step with `learn.opt`
+        wd: float
+        | None = None,  # weight decay of the complement update, at least 0; None: that of `learn.opt`, as published; 0: none
+        opt_func=None,  # makes the 'second' one; its settings follow `learn.opt`; None: the learner's `opt_func`
     ):
         choose(optimizer, dict(second=0, shared=0), 'optimizer')
         _check_loss(loss_func, ['primary'])
-        if wd is not None: _check_factor(wd, 'wd')
-        if opt_func is not None and not callable(opt_func) and not isinstance(opt_func, OptimWrapper): raise InputError(f'opt_func is {opt_func!r}: give a function of parameters that makes an optimizer')
-        self.complement_loss, self.optimizer, self.second_wd, self.second_func = loss_func, optimizer, wd, opt_func
+        if wd is not None:
+            _check_factor(wd, 'wd')
+        if (
+            opt_func is not None
+            and not callable(opt_func)
+            and not isinstance(opt_func, OptimWrapper)
+        ):
+            raise InputError(
+                f'opt_func is {opt_func!r}: give a function of parameters that makes an optimizer'
+            )
+        self.complement_loss, self.optimizer, self.second_wd, self.second_func = (
+            loss_func,
+            optimizer,
+            wd,
+            opt_func,
+        )
         self.complement_opt, self.kept = None, []
 
     def _enter(self, learn):
         self.fed = _Fed(self)
         learn.add_cb(self.fed)
+
     def _leave(self, learn):
         super()._leave(learn)
         learn.remove_cb(self.fed)
@@ -180,50 +301,90 @@ class ComplementTraining(_ComplementRecord):
     def before_fit(self):
         super().before_fit()
         self.kept, self.complement_opt, self.given = [], None, None
-        self.stateful = [m for m in self.learn.model.modules() if hasattr(m, 'reset')] # fastai's sign of a state
-        self.partners = [cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, self.replayed)]
+        self.stateful = [
+            m for m in self.learn.model.modules() if hasattr(m, 'reset')
+        ]  # fastai's sign of a state
+        self.partners = [
+            cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, self.replayed)
+        ]
         self.predictors = self.learn.ordered_cbs('after_pred')
-        self.n_acc = next((cb.n_acc for cb in self.learn._grab_cbs(GradientAccumulation)), None)
+        self.n_acc = next(
+            (cb.n_acc for cb in self.learn._grab_cbs(GradientAccumulation)), None
+        )
 
     def before_train(self):
         super().before_train()
-        if self.complement_opt is None: self.complement_opt = self._make_opt()
-    def before_batch(self): self.given, self.state = None, _states(self.stateful)
+        if self.complement_opt is None:
+            self.complement_opt = self._make_opt()
+
+    def before_batch(self):
+        self.given, self.state = None, _states(self.stateful)
+
     def after_loss(self):
-        if not self.tried: self._try()
-    def after_backward(self): self.kept.append((*self.given, self.state))
-    def after_cancel_step(self): self.kept.clear()
-    def after_step(self):
-        if self.kept: self._second_update()
+        if not self.tried:
+            self._try()
+
+    def after_backward(self):
+        self.kept.append((*self.given, self.state))
+
+    def after_cancel_step(self):
         self.kept.clear()
+
+    def after_step(self):
+        if self.kept:
+            self._second_update()
+        self.kept.clear()
+
     def after_fit(self):
         super().after_fit()
         self.kept, self.complement_opt = [], None
 
+
 class _Fed(Callback):
     "Notes for `ComplementTraining` what the network was given, before any other callback sees the prediction."
-    order, run_valid = -math.inf, False
-    def __init__(self, cot): self.cot = cot
-    def after_pred(self):
-        if self.cot.given is None: self.cot.given = self.learn.xb, self.learn.yb
 
-def _states(modules): return [{k: v for k, v in vars(m).items() if k[0] != '_'} for m in modules]
+    order, run_valid = -math.inf, False
+
+    def __init__(self, cot):
+        self.cot = cot
+
+    def after_pred(self):
+        if self.cot.given is None:
+            self.cot.given = self.learn.xb, self.learn.yb
+
+
+def _states(modules):
+    return [{k: v for k, v in vars(m).items() if k[0] != '_'} for m in modules]
+
+
 def _restore(modules, states):
-    for m, state in zip(modules, states): vars(m).update(state)
+    for m, state in zip(modules, states):
+        vars(m).update(state)
 
 # %% ../nbs/04_complement.ipynb #53b9ca10
 @patch
-def _make_opt(self:ComplementTraining): # the optimizer of the complement update
+def _make_opt(self: ComplementTraining):  # the optimizer of the complement update
     opt, opt_func = self.learn.opt, self.second_func or self.learn.opt_func
-    if self.optimizer == 'shared': return opt
-    if isinstance(opt_func, OptimWrapper): raise InputError("the learner's optimizer is already built: give ComplementTraining an opt_func that builds another, or use optimizer='shared'")
-    if isinstance(opt, Lookahead): raise InputError("Lookahead cannot be doubled: use optimizer='shared'")
+    if self.optimizer == 'shared':
+        return opt
+    if isinstance(opt_func, OptimWrapper):
+        raise InputError(
+            "the learner's optimizer is already built: give ComplementTraining an opt_func that builds another, or use optimizer='shared'"
+        )
+    if isinstance(opt, Lookahead):
+        raise InputError("Lookahead cannot be doubled: use optimizer='shared'")
     second = opt_func([list(group) for group in opt.param_lists], lr=self.learn.lr)
-    if isinstance(opt, OptimWrapper) != isinstance(second, OptimWrapper): raise InputError("one optimizer is fastai's and the other torch's, and they name their settings differently: take two of a kind")
+    if isinstance(opt, OptimWrapper) != isinstance(second, OptimWrapper):
+        raise InputError(
+            "one optimizer is fastai's and the other torch's, and they name their settings differently: take two of a kind"
+        )
     return second
 
+
 @patch
-def _ready_opt(self:ComplementTraining): # the same, with the hyper-parameters and the state of the moment
+def _ready_opt(
+    self: ComplementTraining,
+):  # the same, with the hyper-parameters and the state of the moment
     if self.optimizer == 'second':
         _follow(self.learn.opt, self.complement_opt)
         _inner(self.complement_opt).state = _nested_states(self.learn.opt)
@@ -231,22 +392,28 @@ def _ready_opt(self:ComplementTraining): # the same, with the hyper-parameters a
 
 # %% ../nbs/04_complement.ipynb #9dc84564
 @patch
-def _second_update(self:ComplementTraining): # line 3 of Algorithm 1
+def _second_update(self: ComplementTraining):  # line 3 of Algorithm 1
     learn, states = self.learn, _states(self.stateful)
     primary = learn.xb, learn.yb, learn.pred, learn.loss_grad
-    for p in learn.model.parameters(): p.grad = None
-    for batch in self.kept: self._second_pass(*batch)
+    for p in learn.model.parameters():
+        p.grad = None
+    for batch in self.kept:
+        self._second_pass(*batch)
     self._second_step()
     learn.xb, learn.yb, learn.pred, learn.loss_grad = primary
     _restore(self.stateful, states)
 
+
 @patch
-def _replay(self:ComplementTraining, event): # to mixed precision and clipping
-    for cb in self.partners: cb(event)
+def _replay(self: ComplementTraining, event):  # to mixed precision and clipping
+    for cb in self.partners:
+        cb(event)
 
 # %% ../nbs/04_complement.ipynb #f6ed2d3b
 @patch
-def _second_pass(self:ComplementTraining, xb, yb, state): # forward and backward of the complement loss
+def _second_pass(
+    self: ComplementTraining, xb, yb, state
+):  # forward and backward of the complement loss
     learn = self.learn
     learn.xb, learn.yb = xb, yb
     _restore(self.stateful, state)
@@ -254,46 +421,55 @@ def _second_pass(self:ComplementTraining, xb, yb, state): # forward and backward
     try:
         as_predicted(learn, learn.model(*xb), self.predictors)
         learn.loss_grad = self._complement()
-    finally: self._replay('after_loss') # leaves autocast, also after an interruption
-    if self.n_acc: learn.loss_grad = learn.loss_grad * (find_bs(yb)/self.n_acc)
+    finally:
+        self._replay('after_loss')  # leaves autocast, also after an interruption
+    if self.n_acc:
+        learn.loss_grad = learn.loss_grad * (find_bs(yb) / self.n_acc)
     self._replay('before_backward')
     learn.loss_grad.backward()
 
+
 @patch
-def _second_step(self:ComplementTraining): # unless mixed precision finds an overflow
+def _second_step(self: ComplementTraining):  # unless mixed precision finds an overflow
     try:
         self._replay('before_step')
         opt = self._ready_opt()
-        with _weight_decay(opt, self.second_wd): opt.step()
-    except CancelStepException: pass
+        with _weight_decay(opt, self.second_wd):
+            opt.step()
+    except CancelStepException:
+        pass
     self._replay('after_step')
 
 # %% ../nbs/04_complement.ipynb #09856e7f
 @patch
 @delegates(ComplementTraining.__init__)
-def to_complement(self:Learner, **kwargs):
+def to_complement(self: Learner, **kwargs):
     "Train with COT: the learner with a `ComplementTraining`, in place of any it had."
     return self.remove_cb(_ComplementRecord).add_cb(ComplementTraining(**kwargs))
 
 # %% ../nbs/04_complement.ipynb #0d36d63b
 class JointComplementTraining(_ComplementRecord):
     "NOT the paper's Algorithm 1: one forward pass and one update, by the learner's loss plus `weight` times the complement loss."
-    order = GradientAccumulation.order - 1 # the sum is then scaled like any loss
-    def __init__(self,
+
+    order = GradientAccumulation.order - 1  # the sum is then scaled like any loss
+
+    def __init__(
+        self,
         loss_func=None,  # complement objective; None for `ComplementEntropyLoss()`, COT Eq 3, with the learner's `ignore_index`
-        weight:float=1., # of the complement loss in the sum, at least 0
+        weight: float = 1.0,  # of the complement loss in the sum, at least 0
     ):
         _check_loss(loss_func)
         _check_factor(weight, 'weight')
         self.complement_loss, self.weight = loss_func, weight
 
     def after_loss(self):
-        if not self.tried: self._try()
-        self.learn.loss_grad = self.learn.loss_grad + self.weight*self._complement()
+        if not self.tried:
+            self._try()
+        self.learn.loss_grad = self.learn.loss_grad + self.weight * self._complement()
 
 # %% ../nbs/04_complement.ipynb #700dfee3
 @patch
 @delegates(JointComplementTraining.__init__)
-def to_joint_complement(self:Learner, **kwargs):
+def to_joint_complement(self: Learner, **kwargs):
     "The one-forward variant: the learner with a `JointComplementTraining`, in place of any complement callback it had."
     return self.remove_cb(_ComplementRecord).add_cb(JointComplementTraining(**kwargs))

@@ -17,66 +17,82 @@ import numpy as np
 import torch
 
 # %% ../nbs/00_core.ipynb #4ff9ff7f
-class _Said(Exception): # what it says stays, also where fastai puts the name of a callback before it
+class _Said(
+    Exception
+):  # what it says stays, also where fastai puts the name of a callback before it
     def __init__(self, message=''):
         super().__init__(message)
         self.message = str(message)
-    def __str__(self): return self.message
+
+    def __str__(self):
+        return self.message
+
 
 class InputError(_Said, ValueError):
     "Something the caller gave cannot be used; the message is one line and says what to do instead."
+
 
 class RunFailed(_Said, RuntimeError):
     "A run was set up well and came to nothing, a training that diverged for instance; one line, with what to do."
 
 # %% ../nbs/00_core.ipynb #ac59d985
 def choose(
-    name:str,     # the name asked for
-    options:dict, # valid names and what they stand for
-    what:str,     # what is being chosen, for the message: 'dataset', 'objective', …
-):                # the value under `name`
+    name: str,  # the name asked for
+    options: dict,  # valid names and what they stand for
+    what: str,  # what is being chosen, for the message: 'dataset', 'objective', …
+):  # the value under `name`
     "`options[name]`, or an `InputError` that names the nearest valid names."
-    if name in options: return options[name]
+    if name in options:
+        return options[name]
     near = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ''
-    raise InputError(f"unknown {what} '{name}': {hint}valid names are {', '.join(options)}")
+    hint = f'did you mean {" or ".join(near)}? ' if near else ''
+    raise InputError(
+        f"unknown {what} '{name}': {hint}valid names are {', '.join(options)}"
+    )
 
 # %% ../nbs/00_core.ipynb #5080c122
 def pick_device(
-    name:str='auto', # 'auto', 'cpu' or 'cuda'
-)->torch.device:     # a device that exists here
+    name: str = 'auto',  # 'auto', 'cpu' or 'cuda'
+) -> torch.device:  # a device that exists here
     "The device to compute on; `InputError` when `name` is unknown or not on this machine."
     has_cuda = torch.cuda.is_available()
     options = dict(auto='cuda' if has_cuda else 'cpu', cpu='cpu', cuda='cuda')
     device = choose(name, options, 'device')
-    if device == 'cuda' and not has_cuda: raise InputError("device 'cuda' is not available here: use --device cpu or --device auto")
+    if device == 'cuda' and not has_cuda:
+        raise InputError(
+            "device 'cuda' is not available here: use --device cpu or --device auto"
+        )
     return torch.device(device)
 
 # %% ../nbs/00_core.ipynb #f0db171c
 @contextmanager
 def evaluating(
-    model:torch.nn.Module, # any network
-):                         # yields the network, in evaluation mode
+    model: torch.nn.Module,  # any network
+):  # yields the network, in evaluation mode
     "Put `model` in evaluation mode for the block, then restore each module's own `training` flag."
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
-    try: yield model
+    try:
+        yield model
     finally:
-        for module, flag in flags: module.training = flag
+        for module, flag in flags:
+            module.training = flag
 
 # %% ../nbs/00_core.ipynb #fa1bbc41
 def weight_type(
-    model:torch.nn.Module, # any network
-):                         # a floating type; None without weights
+    model: torch.nn.Module,  # any network
+):  # a floating type; None without weights
     "The type of the first weight that is a matrix or more, which images should have too."
-    kinds = [p.dtype for p in model.parameters() if p.is_floating_point() and p.ndim > 1]
+    kinds = [
+        p.dtype for p in model.parameters() if p.is_floating_point() and p.ndim > 1
+    ]
     return kinds[0] if kinds else None
 
 # %% ../nbs/00_core.ipynb #600cdada
 def as_number(
-    value,     # a number; a NumPy or torch one, or an array of one element, will do
-    what:str,  # what it is, for the message
-)->float:      # the same, as a float
+    value,  # a number; a NumPy or torch one, or an array of one element, will do
+    what: str,  # what it is, for the message
+) -> float:  # the same, as a float
     "`InputError` unless `value` is one number."
     value = _single(value)
     if isinstance(value, str):
@@ -85,35 +101,40 @@ def as_number(
         raise InputError(f'{what} is {value!r}: it must be one number')
     return float(value)
 
-def _single(value): # what an array of one element holds
+
+def _single(value):  # what an array of one element holds
     arrays = isinstance(value, (torch.Tensor, np.ndarray))
     return value.item() if arrays and np.prod(value.shape) == 1 else value
 
 # %% ../nbs/00_core.ipynb #a58c8037
 def check_count(
-    value,           # how many
-    what:str,        # of what, for the message
-    least:int=1,     # how many are needed
-    none:bool=False, # may it be None?
-)->int:              # the same, as an int
+    value,  # how many
+    what: str,  # of what, for the message
+    least: int = 1,  # how many are needed
+    none: bool = False,  # may it be None?
+) -> int:  # the same, as an int
     "`InputError` unless `value` is a whole number of at least `least`."
-    if value is None and none: return None
+    if value is None and none:
+        return None
     value = _single(value)
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole or value < least:
         more = ' or None' if none else ''
-        raise InputError(f'{what} must be a whole number of at least {least}{more}, '
-            f'got {value!r}')
+        raise InputError(
+            f'{what} must be a whole number of at least {least}{more}, got {value!r}'
+        )
     return int(value)
 
+
 def check_positive(
-    value,           # a size: of a step, a decay, a share, …
-    what:str,        # its name, for the message
-    zero:bool=False, # may it be 0?
-    none:bool=False, # may it be None?
-)->float:            # the same, as a float
+    value,  # a size: of a step, a decay, a share, …
+    what: str,  # its name, for the message
+    zero: bool = False,  # may it be 0?
+    none: bool = False,  # may it be None?
+) -> float:  # the same, as a float
     "`InputError` unless `value` is finite and above 0."
-    if value is None and none: return None
+    if value is None and none:
+        return None
     size = as_number(value, what)
     if not (0 < size < float('inf') or zero and size == 0):
         least = 'at least' if zero else 'above'
@@ -123,78 +144,106 @@ def check_positive(
 # %% ../nbs/00_core.ipynb #a84ebde6
 @contextmanager
 def atomic_write(
-    path:str|Path, # where the finished file belongs; its folder must exist
-):                 # yields the temporary `Path` to write to
+    path: str | Path,  # where the finished file belongs; its folder must exist
+):  # yields the temporary `Path` to write to
     "Write to a temporary name, then rename: `path` is either the whole new file or what it was before."
     path = Path(path)
     temporary = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
     try:
         yield temporary
         os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #f83d9fde
-def _plain(o): # what `json` cannot write by itself
-    if isinstance(o, (np.generic, np.ndarray, torch.Tensor)): return o.tolist()
-    if isinstance(o, Path): return str(o)
+def _plain(o):  # what `json` cannot write by itself
+    if isinstance(o, (np.generic, np.ndarray, torch.Tensor)):
+        return o.tolist()
+    if isinstance(o, Path):
+        return str(o)
     raise TypeError(f'cannot write {type(o).__name__} as JSON')
 
+
 def save_json(
-    obj,           # dicts, lists, numbers and strings; numpy and torch values too
-    path:str|Path, # the file
+    obj,  # dicts, lists, numbers and strings; numpy and torch values too
+    path: str | Path,  # the file
 ):
     "Write `obj` as indented JSON in one step (see `atomic_write`)."
-    with atomic_write(path) as temporary: temporary.write_text(json.dumps(obj, indent=1, default=_plain)+'\n', encoding='utf-8')
+    with atomic_write(path) as temporary:
+        temporary.write_text(
+            json.dumps(obj, indent=1, default=_plain) + '\n', encoding='utf-8'
+        )
 
 # %% ../nbs/00_core.ipynb #767c6f11
-NUMBER = (int, float) # for `mismatch`; True and False are none
+NUMBER = (int, float)  # for `mismatch`; True and False are none
 
-def _kind(o): # what JSON calls a value
-    names = {dict: 'an object', list: 'a list', str: 'a text', bool: 'true or false', type(None): 'null'}
+
+def _kind(o):  # what JSON calls a value
+    names = {
+        dict: 'an object',
+        list: 'a list',
+        str: 'a text',
+        bool: 'true or false',
+        type(None): 'null',
+    }
     return names.get(type(o), 'a number')
 
+
 def mismatch(
-    o,              # what `json` has read
-    shape,          # a type, a tuple of types, or a dict from keys to shapes; `...`: every key that is not named
-    at='the whole', # how to call `o`
-)->str:             # the first difference in words, or ''
+    o,  # what `json` has read
+    shape,  # a type, a tuple of types, or a dict from keys to shapes; `...`: every key that is not named
+    at='the whole',  # how to call `o`
+) -> str:  # the first difference in words, or ''
     "Where JSON differs from what is needed."
     if not isinstance(shape, dict):
         wrong = isinstance(o, bool) and shape == NUMBER or not isinstance(o, shape)
         return f'{at} is {_kind(o)}' if wrong else ''
-    if not isinstance(o, dict): return f'{at} is {_kind(o)}'
+    if not isinstance(o, dict):
+        return f'{at} is {_kind(o)}'
     missing = [key for key in shape if key is not ... and key not in o]
-    if missing: return f"{at} has no '{missing[0]}'"
+    if missing:
+        return f"{at} has no '{missing[0]}'"
     known = {key: shape.get(key, shape.get(...)) for key in o}
-    faults = (mismatch(o[key], inner, f"'{key}'") for key, inner in known.items() if inner is not None)
+    faults = (
+        mismatch(o[key], inner, f"'{key}'")
+        for key, inner in known.items()
+        if inner is not None
+    )
     return next(filter(None, faults), '')
 
 # %% ../nbs/00_core.ipynb #bd14739c
 def load_json(
-    path:str|Path,  # the file
-    shape=None,     # what must be in it, see `mismatch`; None: anything
-):                  # what `save_json` wrote
+    path: str | Path,  # the file
+    shape=None,  # what must be in it, see `mismatch`; None: anything
+):  # what `save_json` wrote
     "Read a JSON file; `InputError` when it cannot be read, is truncated, or holds something else than `shape`."
-    try: content = json.loads(Path(path).read_text(encoding='utf-8'))
-    except OSError as e: raise InputError(f'{path} cannot be read ({e.strerror}): run again') from None
+    try:
+        content = json.loads(Path(path).read_text(encoding='utf-8'))
+    except OSError as e:
+        raise InputError(f'{path} cannot be read ({e.strerror}): run again') from None
     except (ValueError, RecursionError):
-        raise InputError(f'{path} is not a whole JSON file: delete it and run again') from None
+        raise InputError(
+            f'{path} is not a whole JSON file: delete it and run again'
+        ) from None
     fault = mismatch(content, shape) if shape is not None else ''
-    if fault: raise InputError(f'{path} is JSON of another kind ({fault}): delete it and run again')
+    if fault:
+        raise InputError(
+            f'{path} is JSON of another kind ({fault}): delete it and run again'
+        )
     return content
 
 # %% ../nbs/00_core.ipynb #b1cf74e4
 def derive_seed(
-    seed:int, # the run's seed, any integer
-    *names,   # what the seed is for: 'train', ('attack', 'pgd'), …
-)->int:       # in [0, 2³²), a valid seed for Python, numpy and torch alike
+    seed: int,  # the run's seed, any integer
+    *names,  # what the seed is for: 'train', ('attack', 'pgd'), …
+) -> int:  # in [0, 2³²), a valid seed for Python, numpy and torch alike
     "A seed for one part of a run; the same on every machine and in every process."
     key = '/'.join(map(str, (seed, *names)))
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], 'little')
 
 # %% ../nbs/00_core.ipynb #ef047d95
 def seed_everything(
-    seed:int, # in [0, 2³²)
+    seed: int,  # in [0, 2³²)
 ):
     "Seed Python, numpy and torch (all devices); fastai's loaders draw from Python's generator."
     random.seed(seed)
@@ -202,10 +251,16 @@ def seed_everything(
     torch.manual_seed(seed)
 
 # %% ../nbs/00_core.ipynb #e4e2ac9d
-def software_versions()->dict: # name → version
+def software_versions() -> dict:  # name → version
     "Versions of Python and of the packages that decide the numbers."
     names = 'complement_objectives torch torchvision fastai fastcore foolbox numpy scikit-learn'.split()
+
     def version(name):
-        try: return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: return None
-    return dict(python=platform.python_version(), **{name: version(name) for name in names})
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return dict(
+        python=platform.python_version(), **{name: version(name) for name in names}
+    )

@@ -29,127 +29,208 @@ from torchvision.utils import make_grid
 from .core import InputError, choose, seed_everything
 
 # %% ../nbs/03_data.ipynb #8338e60c
-def _finite(x, part:str): # images without NaN and infinities
-    bad = 0 if not x.is_floating_point() else len(x) - x.isfinite().flatten(1).all(1).sum().item()
-    if bad: raise InputError(f'{bad} of the {len(x)} {part} images hold NaN or infinity: mend them or leave them out')
+def _finite(x, part: str):  # images without NaN and infinities
+    bad = (
+        0
+        if not x.is_floating_point()
+        else len(x) - x.isfinite().flatten(1).all(1).sum().item()
+    )
+    if bad:
+        raise InputError(
+            f'{bad} of the {len(x)} {part} images hold NaN or infinity: mend them or leave them out'
+        )
     return x
 
-def _images(x, part:str): # (N, C, H, W), as a tensor
+
+def _images(x, part: str):  # (N, C, H, W), as a tensor
     x = torch.as_tensor(x)
-    if x.dim() != 4: raise InputError(f'the {part} images must have the shape (N, C, H, W), got {tuple(x.shape)}')
-    if not x.numel(): raise InputError(f'there are no {part} images: their shape is {tuple(x.shape)}')
+    if x.dim() != 4:
+        raise InputError(
+            f'the {part} images must have the shape (N, C, H, W), got {tuple(x.shape)}'
+        )
+    if not x.numel():
+        raise InputError(f'there are no {part} images: their shape is {tuple(x.shape)}')
     return _finite(x, part)
 
-def _labels(y, n:int, n_classes:int, part:str): # (n,) int64, from (n,) or (n, 1)
+
+def _labels(y, n: int, n_classes: int, part: str):  # (n,) int64, from (n,) or (n, 1)
     y = torch.as_tensor(y)
-    if y.shape not in ((n,), (n, 1)): raise InputError(f'{n} {part} images need {n} labels, got the shape {tuple(y.shape)}')
+    if y.shape not in ((n,), (n, 1)):
+        raise InputError(
+            f'{n} {part} images need {n} labels, got the shape {tuple(y.shape)}'
+        )
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise InputError(f'the {part} labels must be class indices, whole numbers, got {y.dtype}')
+        raise InputError(
+            f'the {part} labels must be class indices, whole numbers, got {y.dtype}'
+        )
     low, high = (v.item() for v in y.aminmax())
     if low < 0 or high >= n_classes:
-        raise InputError(f'the {part} labels run from {low} to {high}: with {n_classes} class names they must lie in [0, {n_classes})')
+        raise InputError(
+            f'the {part} labels run from {low} to {high}: with {n_classes} class names they must lie in [0, {n_classes})'
+        )
     return y.reshape(n).long()
 
 # %% ../nbs/03_data.ipynb #2fdfb7c2
 @dataclass
 class ImageData:
     "A labelled set of images in two splits, as bytes; `InputError` for what cannot be learned from."
-    name:str              # how it is called on the command line
-    train_x:torch.Tensor  # (N, C, H, W) uint8, or finite floating point
-    train_y:torch.Tensor  # (N,) int64 classes
-    test_x:torch.Tensor   # (M, C, H, W) like `train_x`
-    test_y:torch.Tensor   # (M,) int64 classes
-    class_names:list      # K names
-    scale:float=255.      # the byte that stands for 1.0
 
-    def __post_init__(self): self.check()
+    name: str  # how it is called on the command line
+    train_x: torch.Tensor  # (N, C, H, W) uint8, or finite floating point
+    train_y: torch.Tensor  # (N,) int64 classes
+    test_x: torch.Tensor  # (M, C, H, W) like `train_x`
+    test_y: torch.Tensor  # (M,) int64 classes
+    class_names: list  # K names
+    scale: float = 255.0  # the byte that stands for 1.0
 
-    def check(self)->'ImageData': # itself
+    def __post_init__(self):
+        self.check()
+
+    def check(self) -> 'ImageData':  # itself
         "Look at every image and label once more, after they were changed for instance."
-        if not 0 < self.scale < float('inf'): raise InputError(f'scale is {self.scale}: it must be a number above 0')
+        if not 0 < self.scale < float('inf'):
+            raise InputError(f'scale is {self.scale}: it must be a number above 0')
         for part in ('train', 'test'):
             x = _images(getattr(self, f'{part}_x'), part)
             y = _labels(getattr(self, f'{part}_y'), len(x), len(self.class_names), part)
             setattr(self, f'{part}_x', x), setattr(self, f'{part}_y', y)
         sizes = [tuple(x.shape[1:]) for x in (self.train_x, self.test_x)]
-        if sizes[0] != sizes[1]: raise InputError(f'training images of the shape {sizes[0]} and test images of the shape {sizes[1]} are no one set')
+        if sizes[0] != sizes[1]:
+            raise InputError(
+                f'training images of the shape {sizes[0]} and test images of the shape {sizes[1]} are no one set'
+            )
         return self
 
     @property
-    def n_classes(self)->int: return len(self.class_names) # K
-    @property
-    def in_channels(self)->int: return self.train_x.shape[1] # C
+    def n_classes(self) -> int:
+        return len(self.class_names)  # K
 
-    def pixels(self,
-        x:torch.Tensor, # any of the stored images, uint8
-    )->torch.Tensor:    # float32 pixels in [0, 1]
+    @property
+    def in_channels(self) -> int:
+        return self.train_x.shape[1]  # C
+
+    def pixels(
+        self,
+        x: torch.Tensor,  # any of the stored images, uint8
+    ) -> torch.Tensor:  # float32 pixels in [0, 1]
         return x.float() / self.scale
 
 # %% ../nbs/03_data.ipynb #ee18be85
-def digits()->ImageData: # 1,347 training and 450 test images of 8×8 pixels
+def digits() -> ImageData:  # 1,347 training and 450 test images of 8×8 pixels
     "scikit-learn's handwritten digits; they come with the package."
     bunch = load_digits()
-    parts = train_test_split(bunch.images.astype(np.uint8), bunch.target, test_size=0.25, random_state=0, stratify=bunch.target)
+    parts = train_test_split(
+        bunch.images.astype(np.uint8),
+        bunch.target,
+        test_size=0.25,
+        random_state=0,
+        stratify=bunch.target,
+    )
     train_x, test_x, train_y, test_y = map(torch.from_numpy, parts)
-    return ImageData('digits', train_x[:, None], train_y.long(), test_x[:, None], test_y.long(), [str(o) for o in range(10)], scale=16.)
+    return ImageData(
+        'digits',
+        train_x[:, None],
+        train_y.long(),
+        test_x[:, None],
+        test_y.long(),
+        [str(o) for o in range(10)],
+        scale=16.0,
+    )
 
 # %% ../nbs/03_data.ipynb #10e3e565
 def show_images(
-    data:ImageData, # where the images come from
-    n:int=16,       # how many test images
-    ax=None,        # matplotlib axes, or None for new ones
-):                  # the axes
+    data: ImageData,  # where the images come from
+    n: int = 16,  # how many test images
+    ax=None,  # matplotlib axes, or None for new ones
+):  # the axes
     "The first test images in a row."
-    if ax is None: ax = plt.subplots(figsize=(8, 1.2), dpi=75)[1]
+    if ax is None:
+        ax = plt.subplots(figsize=(8, 1.2), dpi=75)[1]
     grid = make_grid(data.pixels(data.test_x[:n]), nrow=n, padding=1, pad_value=0.5)
     ax.imshow(grid.permute(1, 2, 0))
-    ax.set(title=f'{data.name}: ' + ' '.join(data.class_names[i] for i in data.test_y[:n]))
+    ax.set(
+        title=f'{data.name}: ' + ' '.join(data.class_names[i] for i in data.test_y[:n])
+    )
     ax.axis('off')
     return ax
 
 # %% ../nbs/03_data.ipynb #a6578862
 def check_file(
-    path:str|Path, # a data file
-    md5:str,       # its published checksum, 32 hex digits
-)->Path:           # the same path
+    path: str | Path,  # a data file
+    md5: str,  # its published checksum, 32 hex digits
+) -> Path:  # the same path
     "`InputError` when `path` is missing, empty or differs from the published original."
     path = Path(path)
-    if not path.is_file(): raise InputError(f'{path} is missing: put the original there')
+    if not path.is_file():
+        raise InputError(f'{path} is missing: put the original there')
     found = calculate_md5(path)
     if found != md5:
-        raise InputError(f'{path} is empty, truncated or damaged: its md5 is {found}, the original has {md5}; put the original there')
+        raise InputError(
+            f'{path} is empty, truncated or damaged: its md5 is {found}, the original has {md5}; put the original there'
+        )
     return path
 
 # %% ../nbs/03_data.ipynb #c13952bd
 def parse_idx(
-    content:bytes, # a whole IDX file
-    name:str,      # what to call it in the error
-)->torch.Tensor:   # uint8, in the shape its head declares
+    content: bytes,  # a whole IDX file
+    name: str,  # what to call it in the error
+) -> torch.Tensor:  # uint8, in the shape its head declares
     "Images or labels in LeCun's IDX format; `InputError` when the length does not fit the head."
     n_dims = content[3] if len(content) > 3 else 0
-    shape = np.frombuffer(content[4:4 + 4*n_dims], '>u4') if len(content) >= 4 + 4*n_dims else []
-    body = content[4 + 4*n_dims:]
-    if n_dims == 0 or content[:3] != bytes([0, 0, 8]) or len(body) != math.prod(map(int, shape)):
-        raise InputError(f'{name} is empty, truncated or no IDX file: put the original there')
+    shape = (
+        np.frombuffer(content[4 : 4 + 4 * n_dims], '>u4')
+        if len(content) >= 4 + 4 * n_dims
+        else []
+    )
+    body = content[4 + 4 * n_dims :]
+    if (
+        n_dims == 0
+        or content[:3] != bytes([0, 0, 8])
+        or len(body) != math.prod(map(int, shape))
+    ):
+        raise InputError(
+            f'{name} is empty, truncated or no IDX file: put the original there'
+        )
     return torch.from_numpy(np.frombuffer(body, np.uint8).reshape(shape).copy())
 
 # %% ../nbs/03_data.ipynb #f7a4ded5
-def _read_idx(folder:Path, name:str, md5:str)->torch.Tensor: # `name` without '.gz', packed or unpacked
-    packed, unpacked = folder/f'{name}.gz', folder/name
-    if unpacked.is_file() and not packed.is_file(): return parse_idx(unpacked.read_bytes(), str(unpacked))
+def _read_idx(
+    folder: Path, name: str, md5: str
+) -> torch.Tensor:  # `name` without '.gz', packed or unpacked
+    packed, unpacked = folder / f'{name}.gz', folder / name
+    if unpacked.is_file() and not packed.is_file():
+        return parse_idx(unpacked.read_bytes(), str(unpacked))
     return parse_idx(gzip.decompress(check_file(packed, md5).read_bytes()), str(packed))
 
-def _mnist_like(cls, name:str, class_names:list, root:Path)->ImageData: # `cls` is torchvision's MNIST or FashionMNIST
-    parts = [_read_idx(root/cls.__name__/'raw', file.removesuffix('.gz'), md5) for file, md5 in cls.resources]
+
+def _mnist_like(
+    cls, name: str, class_names: list, root: Path
+) -> ImageData:  # `cls` is torchvision's MNIST or FashionMNIST
+    parts = [
+        _read_idx(root / cls.__name__ / 'raw', file.removesuffix('.gz'), md5)
+        for file, md5 in cls.resources
+    ]
     train_x, train_y, test_x, test_y = parts
-    return ImageData(name, train_x[:, None], train_y.long(), test_x[:, None], test_y.long(), class_names)
+    return ImageData(
+        name,
+        train_x[:, None],
+        train_y.long(),
+        test_x[:, None],
+        test_y.long(),
+        class_names,
+    )
 
 # %% ../nbs/03_data.ipynb #c4157622
-def _cifar10(root:Path)->ImageData: # from `root/cifar-10-batches-py`
+def _cifar10(root: Path) -> ImageData:  # from `root/cifar-10-batches-py`
     meta = (CIFAR10.meta['filename'], CIFAR10.meta['md5'])
-    for file, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, meta]: check_file(root/CIFAR10.base_folder/file, md5)
-    train, test = (CIFAR10(root, train=split, download=False) for split in (True, False))
-    x = [torch.from_numpy(o.data).permute(0, 3, 1, 2).contiguous() for o in (train, test)]
+    for file, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, meta]:
+        check_file(root / CIFAR10.base_folder / file, md5)
+    train, test = (
+        CIFAR10(root, train=split, download=False) for split in (True, False)
+    )
+    x = [
+        torch.from_numpy(o.data).permute(0, 3, 1, 2).contiguous() for o in (train, test)
+    ]
     y = [torch.tensor(o.targets) for o in (train, test)]
     return ImageData('cifar10', x[0], y[0], x[1], y[1], train.classes)
 
@@ -157,25 +238,42 @@ def _cifar10(root:Path)->ImageData: # from `root/cifar-10-batches-py`
 _digit_names = [str(o) for o in range(10)]
 _sources = {
     'mnist': (MNIST, partial(_mnist_like, MNIST, 'mnist', _digit_names)),
-    'fashion-mnist': (FashionMNIST, partial(_mnist_like, FashionMNIST, 'fashion-mnist', FashionMNIST.classes)),
-    'cifar10': (CIFAR10, _cifar10)}
-_files = dict.fromkeys(['mnist', 'fashion-mnist'], [file for file, _ in MNIST.resources])
+    'fashion-mnist': (
+        FashionMNIST,
+        partial(_mnist_like, FashionMNIST, 'fashion-mnist', FashionMNIST.classes),
+    ),
+    'cifar10': (CIFAR10, _cifar10),
+}
+_files = dict.fromkeys(
+    ['mnist', 'fashion-mnist'], [file for file, _ in MNIST.resources]
+)
 _files['cifar10'] = [file for file, _ in [*CIFAR10.train_list, *CIFAR10.test_list]]
 
 # %% ../nbs/03_data.ipynb #73b723d1
 def data_root(
-    root:str|Path|None=None, # a folder, or None
-)->Path:                     # `root`, else `$COBJ_ROOT`, else the user's cache folder
+    root: str | Path | None = None,  # a folder, or None
+) -> Path:  # `root`, else `$COBJ_ROOT`, else the user's cache folder
     "Where the data sets lie."
-    return Path(root or os.environ.get('COBJ_ROOT') or Path.home()/'.cache'/'complement_objectives').expanduser()
+    return Path(
+        root
+        or os.environ.get('COBJ_ROOT')
+        or Path.home() / '.cache' / 'complement_objectives'
+    ).expanduser()
 
 # %% ../nbs/03_data.ipynb #158fda53
-def _folder(name:str, root:Path)->Path: # where the files of `name` belong
+def _folder(name: str, root: Path) -> Path:  # where the files of `name` belong
     cls = _sources[name][0]
-    return root/cls.base_folder if cls is CIFAR10 else root/cls.__name__/'raw'
+    return root / cls.base_folder if cls is CIFAR10 else root / cls.__name__ / 'raw'
 
-def _download(name:str, root:Path, timeout:float=20): # fetch through torchvision, then move into place
-    folder, before, created = _folder(name, root), socket.getdefaulttimeout(), not root.exists()
+
+def _download(
+    name: str, root: Path, timeout: float = 20
+):  # fetch through torchvision, then move into place
+    folder, before, created = (
+        _folder(name, root),
+        socket.getdefaulttimeout(),
+        not root.exists(),
+    )
     try:
         socket.setdefaulttimeout(timeout)
         root.mkdir(parents=True, exist_ok=True)
@@ -184,97 +282,126 @@ def _download(name:str, root:Path, timeout:float=20): # fetch through torchvisio
             folder.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(_folder(name, Path(temporary)), folder)
     except (OSError, RuntimeError) as e:
-        if created and root.is_dir(): root.rmdir()
+        if created and root.is_dir():
+            root.rmdir()
         why = str(e).splitlines()[0][:80] if str(e) else type(e).__name__
-        raise InputError(f"no {name} below {root}, and downloading failed ({why}): "
-                         f"put {', '.join(_files[name])} into {folder}, or name another folder with --root") from None
-    finally: socket.setdefaulttimeout(before)
+        raise InputError(
+            f'no {name} below {root}, and downloading failed ({why}): '
+            f'put {", ".join(_files[name])} into {folder}, or name another folder with --root'
+        ) from None
+    finally:
+        socket.setdefaulttimeout(before)
 
 # %% ../nbs/03_data.ipynb #bcb1344d
-DATASETS = dict(digits=None, mnist=MNIST, **{'fashion-mnist': FashionMNIST}, cifar10=CIFAR10)
+DATASETS = dict(
+    digits=None, mnist=MNIST, **{'fashion-mnist': FashionMNIST}, cifar10=CIFAR10
+)
 
 # %% ../nbs/03_data.ipynb #4782f814
 def load_data(
-    name:str='digits',       # 'digits', 'mnist', 'fashion-mnist' or 'cifar10'
-    root:str|Path|None=None, # the folder with the files, see `data_root`
-)->ImageData:                # both splits, in memory
+    name: str = 'digits',  # 'digits', 'mnist', 'fashion-mnist' or 'cifar10'
+    root: str | Path | None = None,  # the folder with the files, see `data_root`
+) -> ImageData:  # both splits, in memory
     "A data set by name, from the package, from `root` or from the network; `InputError` says what is missing or damaged."
     choose(name, DATASETS, 'dataset')
-    if name == 'digits': return digits()
+    if name == 'digits':
+        return digits()
     root = data_root(root)
-    if not _folder(name, root).is_dir(): _download(name, root)
+    if not _folder(name, root).is_dir():
+        _download(name, root)
     return _sources[name][1](root)
 
 # %% ../nbs/03_data.ipynb #89fa4aa8
 def crop_and_flip(
-    x:torch.Tensor,    # (N, C, H, W) images of any dtype
-    top:torch.Tensor,  # (N,) first row of each window in the padded image, 0 … 2·pad
-    left:torch.Tensor, # (N,) first column of each window, 0 … 2·pad
-    flip:torch.Tensor, # (N,) bool: mirror left and right?
-    pad:int=4,         # zeros added on every side
-)->torch.Tensor:       # (N, C, H, W)
+    x: torch.Tensor,  # (N, C, H, W) images of any dtype
+    top: torch.Tensor,  # (N,) first row of each window in the padded image, 0 … 2·pad
+    left: torch.Tensor,  # (N,) first column of each window, 0 … 2·pad
+    flip: torch.Tensor,  # (N,) bool: mirror left and right?
+    pad: int = 4,  # zeros added on every side
+) -> torch.Tensor:  # (N, C, H, W)
     "One window out of each padded image, mirrored where `flip` says so."
     n, _, h, w = x.shape
     rows = top[:, None] + torch.arange(h, device=x.device)
     columns = left[:, None] + torch.arange(w, device=x.device)
     columns = torch.where(flip[:, None], columns.flip(1), columns)
     image = torch.arange(n, device=x.device)[:, None, None]
-    return F.pad(x, (pad,)*4)[image, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    return F.pad(x, (pad,) * 4)[image, :, rows[:, :, None], columns[:, None]].permute(
+        0, 3, 1, 2
+    )
 
 # %% ../nbs/03_data.ipynb #bf31115a
 class PadCropFlip:
     "Random crops of padded images, mirrored half of the time: He et al. (2016, §4.2)."
-    def __init__(self,
-        pad:int=4,      # zeros added on every side, at least 0
-        flip:bool=True, # mirror half of the images? Not for digits
+
+    def __init__(
+        self,
+        pad: int = 4,  # zeros added on every side, at least 0
+        flip: bool = True,  # mirror half of the images? Not for digits
     ):
-        if pad < 0: raise InputError(f'pad is {pad}: it must be at least 0')
+        if pad < 0:
+            raise InputError(f'pad is {pad}: it must be at least 0')
         self.pad, self.flip = pad, flip
 
-    def __repr__(self): return f'PadCropFlip(pad={self.pad}, flip={self.flip})'
+    def __repr__(self):
+        return f'PadCropFlip(pad={self.pad}, flip={self.flip})'
 
-    def __call__(self,
-        x:torch.Tensor, # (N, C, H, W) images of any dtype
-    )->torch.Tensor:    # the same shape
-        top, left = torch.randint(0, 2*self.pad + 1, (2, len(x)), device=x.device)
-        coins = torch.rand(len(x), device=x.device) < 0.5*self.flip
+    def __call__(
+        self,
+        x: torch.Tensor,  # (N, C, H, W) images of any dtype
+    ) -> torch.Tensor:  # the same shape
+        top, left = torch.randint(0, 2 * self.pad + 1, (2, len(x)), device=x.device)
+        coins = torch.rand(len(x), device=x.device) < 0.5 * self.flip
         return crop_and_flip(x, top, left, coins, self.pad)
 
 # %% ../nbs/03_data.ipynb #169ad643
-class _Pair(tuple): # images and labels
-    def new_empty(self): return _Pair(o[:0].cpu().clone() for o in self) # what `learn.export` takes along
+class _Pair(tuple):  # images and labels
+    def new_empty(self):
+        return _Pair(
+            o[:0].cpu().clone() for o in self
+        )  # what `learn.export` takes along
 
 # %% ../nbs/03_data.ipynb #8ad107c8
 class TensorLoader(DataLoader):
     "A fastai `DataLoader` over images and labels that are tensors: they move to the device once, and a batch is one indexing step there."
-    def __init__(self,
-        dataset,      # a pair (images uint8, labels)
-        scale=255.,   # the byte that stands for 1.0
-        augment=None, # called on each batch of bytes (N, C, H, W), `PadCropFlip()` for instance
-        n=None,       # ignored: it is the number of labels
-        **kwargs,     # `bs`, `shuffle`, `drop_last`, `device`, …
+
+    def __init__(
+        self,
+        dataset,  # a pair (images uint8, labels)
+        scale=255.0,  # the byte that stands for 1.0
+        augment=None,  # called on each batch of bytes (N, C, H, W), `PadCropFlip()` for instance
+        n=None,  # ignored: it is the number of labels
+        **kwargs,  # `bs`, `shuffle`, `drop_last`, `device`, …
     ):
         _finite(dataset[0], 'given')
-        if len(dataset[0]) != len(dataset[1]): raise InputError(f'{len(dataset[0])} images and {len(dataset[1])} labels are no pairs')
+        if len(dataset[0]) != len(dataset[1]):
+            raise InputError(
+                f'{len(dataset[0])} images and {len(dataset[1])} labels are no pairs'
+            )
         self.scale, self.augment = scale, augment
         super().__init__(_Pair(dataset), n=len(dataset[1]), **kwargs)
-        if self.device is not None: self.to(self.device)
+        if self.device is not None:
+            self.to(self.device)
 
     def to(self, device):
         super().to(device)
         self.dataset = _Pair(o.to(self.device) for o in self.dataset)
 
     def new(self, dataset=None, cls=None, **kwargs):
-        return super().new(dataset, cls, **{**dict(scale=self.scale, augment=self.augment), **kwargs})
+        return super().new(
+            dataset, cls, **{**dict(scale=self.scale, augment=self.augment), **kwargs}
+        )
 
 # %% ../nbs/03_data.ipynb #b9a3b87f
 @patch
-def create_item(self:TensorLoader, i): return i
+def create_item(self: TensorLoader, i):
+    return i
+
 
 @patch
-def create_batch(self:TensorLoader,
-    indices, # of the images, a tensor or a list
-)->tuple:    # float32 pixels (N, C, H, W) and labels (N,)
+def create_batch(
+    self: TensorLoader,
+    indices,  # of the images, a tensor or a list
+) -> tuple:  # float32 pixels (N, C, H, W) and labels (N,)
     "The images at `indices`, changed where `augment` is given, as pixels in [0, 1]."
     x, y = self.dataset
     indices = torch.as_tensor(indices, device=x.device)
@@ -283,31 +410,50 @@ def create_batch(self:TensorLoader,
 
 # %% ../nbs/03_data.ipynb #fed65f0a
 @patch
-def get_idxs(self:TensorLoader): # (N,) the order of this pass, a tensor on the CPU
-    if not self.shuffle: return torch.arange(self.n)
-    return torch.randperm(self.n, generator=torch.Generator().manual_seed(self.rng.getrandbits(63)))
+def get_idxs(self: TensorLoader):  # (N,) the order of this pass, a tensor on the CPU
+    if not self.shuffle:
+        return torch.arange(self.n)
+    return torch.randperm(
+        self.n, generator=torch.Generator().manual_seed(self.rng.getrandbits(63))
+    )
+
 
 @patch
-def __iter__(self:TensorLoader):
-    if not self.n: raise InputError('there are no images to go through: the loader is empty')
+def __iter__(self: TensorLoader):
+    if not self.n:
+        raise InputError('there are no images to go through: the loader is empty')
     self.randomize()
     self.before_iter()
     index = self.get_idxs().to(self.dataset[1].device)
-    for i in range(len(self)): yield self.after_batch(self.create_batch(index[i*self.bs:(i + 1)*self.bs]))
+    for i in range(len(self)):
+        yield self.after_batch(
+            self.create_batch(index[i * self.bs : (i + 1) * self.bs])
+        )
     self.after_iter()
 
 # %% ../nbs/03_data.ipynb #1ed12932
 def dataloaders(
-    data:ImageData,    # both splits
-    batch_size:int=64, # images a training step
-    device=None,       # where the images are kept; None for fastai's default device
-    augment=None,      # for the training batches, `PadCropFlip()` for instance
-)->DataLoaders:        # training batches shuffled; the test split in the place of the validation set
+    data: ImageData,  # both splits
+    batch_size: int = 64,  # images a training step
+    device=None,  # where the images are kept; None for fastai's default device
+    augment=None,  # for the training batches, `PadCropFlip()` for instance
+) -> (
+    DataLoaders
+):  # training batches shuffled; the test split in the place of the validation set
     "fastai `DataLoaders`. No choice is ever made on the second loader here: numbers are those of the last epoch."
     data.check()
-    if batch_size < 1: raise InputError(f'batch_size is {batch_size}: it must be at least 1')
-    train = TensorLoader((data.train_x, data.train_y), scale=data.scale, augment=augment, bs=batch_size, shuffle=True)
+    if batch_size < 1:
+        raise InputError(f'batch_size is {batch_size}: it must be at least 1')
+    train = TensorLoader(
+        (data.train_x, data.train_y),
+        scale=data.scale,
+        augment=augment,
+        bs=batch_size,
+        shuffle=True,
+    )
     test = TensorLoader((data.test_x, data.test_y), scale=data.scale, bs=1000)
-    dls = DataLoaders(train, test, device=default_device() if device is None else device)
+    dls = DataLoaders(
+        train, test, device=default_device() if device is None else device
+    )
     dls.c, dls.vocab = data.n_classes, data.class_names
     return dls

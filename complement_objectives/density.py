@@ -15,46 +15,62 @@ from .core import InputError, check_positive
 
 # %% ../nbs/05_density.ipynb #9b7e6dc1
 def squared_distances(
-    a:torch.Tensor, # (N, D)
-    b:torch.Tensor, # (M, D)
-)->torch.Tensor:    # (N, M), possibly a little below 0
+    a: torch.Tensor,  # (N, D)
+    b: torch.Tensor,  # (M, D)
+) -> torch.Tensor:  # (N, M), possibly a little below 0
     "Squared Euclidean distances by one matrix product."
-    return a.square().sum(1, keepdim=True) + b.square().sum(1) - 2*a @ b.T
+    return a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T
 
 # %% ../nbs/05_density.ipynb #c14e1bc5
-def _tile_shape(n, m, itemsize, max_memory): # rows and columns of a tile of at most `max_memory` bytes
+def _tile_shape(
+    n, m, itemsize, max_memory
+):  # rows and columns of a tile of at most `max_memory` bytes
     cells = max(1, max_memory // itemsize)
     columns = min(m, max(1, cells // min(n, 64)))
     return max(1, min(n, cells // columns)), columns
 
 # %% ../nbs/05_density.ipynb #d46cee3b
-def _tiles(z, points, sigma2, max_memory): # yields first row, first column, exponents of 2 without ‖z‖²: (rows, columns), in a buffer that is used again
-    scale = 1/(sigma2*math.log(2))
+def _tiles(
+    z, points, sigma2, max_memory
+):  # yields first row, first column, exponents of 2 without ‖z‖²: (rows, columns), in a buffer that is used again
+    scale = 1 / (sigma2 * math.log(2))
     rows, columns = _tile_shape(len(z), len(points), z.element_size(), max_memory)
-    norms, buffer = points.square().sum(1)*-scale, z.new_empty(rows*columns)
+    norms, buffer = points.square().sum(1) * -scale, z.new_empty(rows * columns)
     for i in range(0, len(z), rows):
         for j in range(0, len(points), columns):
-            zi, pj = z[i:i+rows], points[j:j+columns]
-            exponents = buffer[:len(zi)*len(pj)].view(len(zi), len(pj))
-            yield i, j, torch.addmm(norms[j:j+columns], zi, pj.T, alpha=2*scale, out=exponents)
+            zi, pj = z[i : i + rows], points[j : j + columns]
+            exponents = buffer[: len(zi) * len(pj)].view(len(zi), len(pj))
+            yield (
+                i,
+                j,
+                torch.addmm(
+                    norms[j : j + columns], zi, pj.T, alpha=2 * scale, out=exponents
+                ),
+            )
 
 # %% ../nbs/05_density.ipynb #0ea90a96
-def _log_sums(z, points, sigma2, max_memory): # (N,) log₂ Σ 2^exponent
+def _log_sums(z, points, sigma2, max_memory):  # (N,) log₂ Σ 2^exponent
     total = z.new_full((len(z),), -torch.inf)
     for i, _, e in _tiles(z, points, sigma2, max_memory):
         largest = e.amax(1, keepdim=True)
-        part, rows = e.sub_(largest).clamp_(min=-100).exp2_().sum(1).log2_().add_(largest[:,0]), slice(i, i + len(e))
+        part, rows = (
+            e.sub_(largest).clamp_(min=-100).exp2_().sum(1).log2_().add_(largest[:, 0]),
+            slice(i, i + len(e)),
+        )
         total[rows] = torch.logaddexp2(total[rows], part)
     return total
 
 # %% ../nbs/05_density.ipynb #5bb63d28
-def _weighted_means(z, points, sigma2, log_sums, max_memory): # (N, D) Σ wᵢ zᵢ
+def _weighted_means(z, points, sigma2, log_sums, max_memory):  # (N, D) Σ wᵢ zᵢ
     means, weights = torch.zeros_like(z), z.new_zeros(len(z), 1)
     for i, j, e in _tiles(z, points, sigma2, max_memory):
-        w, rows = e.sub_(log_sums[i:i+len(e), None]).clamp_(min=-100).exp2_(), slice(i, i + len(e))
-        means[rows].addmm_(w, points[j:j+e.shape[1]])
+        w, rows = (
+            e.sub_(log_sums[i : i + len(e), None]).clamp_(min=-100).exp2_(),
+            slice(i, i + len(e)),
+        )
+        means[rows].addmm_(w, points[j : j + e.shape[1]])
         weights[rows] += w.sum(1, keepdim=True)
-    return means/weights
+    return means / weights
 
 # %% ../nbs/05_density.ipynb #9435a437
 class _LogKernelDensity(torch.autograd.Function):
@@ -63,115 +79,164 @@ class _LogKernelDensity(torch.autograd.Function):
         log_sums = _log_sums(z, points, sigma2, max_memory)
         ctx.save_for_backward(z, points, log_sums)
         ctx.sigma2, ctx.max_memory = sigma2, max_memory
-        values = log_sums*math.log(2) - z.square().sum(1)/sigma2 - math.log(len(points))
-        return values.clamp_(max=0) # as the exact value is
+        values = (
+            log_sums * math.log(2) - z.square().sum(1) / sigma2 - math.log(len(points))
+        )
+        return values.clamp_(max=0)  # as the exact value is
 
     @staticmethod
     def backward(ctx, grad):
         (z, points, log_sums), sigma2 = ctx.saved_tensors, ctx.sigma2
-        if torch.is_grad_enabled(): means = torch.softmax(-squared_distances(z, points)/sigma2, 1) @ points
-        else: means = _weighted_means(z, points, sigma2, log_sums, ctx.max_memory)
-        return grad[:,None]*(means - z)*(2/sigma2), None, None, None
+        if torch.is_grad_enabled():
+            means = torch.softmax(-squared_distances(z, points) / sigma2, 1) @ points
+        else:
+            means = _weighted_means(z, points, sigma2, log_sums, ctx.max_memory)
+        return grad[:, None] * (means - z) * (2 / sigma2), None, None, None
 
 # %% ../nbs/05_density.ipynb #573b3e6a
 def tile_memory(
-    device:torch.device, # where the tile is
-)->int:                  # bytes
+    device: torch.device,  # where the tile is
+) -> int:  # bytes
     "Working memory where none is asked for: what a cache holds, or what keeps a GPU busy."
     return 2**23 if device.type == 'cpu' else 2**28
 
+
 def needs_float64(
-    points:torch.Tensor, # (M, D) vectors about an origin in their middle
-    sigma2:float,        # squared bandwidth
-)->bool:                 # would float32 lose more than about 0.001 of a log density?
+    points: torch.Tensor,  # (M, D) vectors about an origin in their middle
+    sigma2: float,  # squared bandwidth
+) -> bool:  # would float32 lose more than about 0.001 of a log density?
     "Are the points so far apart, counted in bandwidths, that short distances are lost in float32?"
-    longest = points.double().square().sum(1).amax().item() if len(points) else 0.
-    return longest > 2**14*sigma2 or not 1e-30 < sigma2 < 1e30 or longest > 1e30
+    longest = points.double().square().sum(1).amax().item() if len(points) else 0.0
+    return longest > 2**14 * sigma2 or not 1e-30 < sigma2 < 1e30 or longest > 1e30
+
 
 def log_kernel_density(
-    z:torch.Tensor,      # (N, D) query vectors
-    points:torch.Tensor, # (M, D) training vectors of one class
-    sigma2:float,        # squared bandwidth, > 0
-    max_memory:int=None, # bytes of working memory; None for 8 MiB on a CPU and 256 MiB elsewhere
-    centre:bool=True,    # move the origin into the middle of the points first; not needed where it is there
-    wide:bool=None,      # compute in float64; None: where it is needed
-)->torch.Tensor:         # (N,) log KD, at most 0; NaN for a vector that holds NaN or an infinity
+    z: torch.Tensor,  # (N, D) query vectors
+    points: torch.Tensor,  # (M, D) training vectors of one class
+    sigma2: float,  # squared bandwidth, > 0
+    max_memory: int = None,  # bytes of working memory; None for 8 MiB on a CPU and 256 MiB elsewhere
+    centre: bool = True,  # move the origin into the middle of the points first; not needed where it is there
+    wide: bool = None,  # compute in float64; None: where it is needed
+) -> (
+    torch.Tensor
+):  # (N,) log KD, at most 0; NaN for a vector that holds NaN or an infinity
     "Logarithm of the kernel density of RCE §3.4, centred and tile by tile; differentiable in `z`, twice."
     points, sigma2 = points.detach(), check_positive(sigma2, 'sigma2')
-    if not len(points): raise InputError('no points: a density needs at least one')
+    if not len(points):
+        raise InputError('no points: a density needs at least one')
     kept = torch.promote_types(z.dtype, torch.float32)
-    if not len(z): return z.to(kept).sum(1)
+    if not len(z):
+        return z.to(kept).sum(1)
     if centre:
         middle = points.double().mean(0)
         z, points = (z.double() - middle).to(kept), (points.double() - middle).to(kept)
-    if wide is None: wide = needs_float64(points, sigma2)
+    if wide is None:
+        wide = needs_float64(points, sigma2)
     dtype = torch.float64 if wide else kept
     memory = max_memory or tile_memory(z.device)
-    return _LogKernelDensity.apply(z.to(dtype), points.to(dtype), sigma2, memory).to(kept)
+    return _LogKernelDensity.apply(z.to(dtype), points.to(dtype), sigma2, memory).to(
+        kept
+    )
 
 # %% ../nbs/05_density.ipynb #9baf39e1
 def _leave_one_out(
-    d2:torch.Tensor, # (M, M) squared distances within one class
-    sigma2:float,    # squared bandwidth
-    dim:int,         # D, the dimension of the space
-)->torch.Tensor:     # (M,) log-density of each point given the others
+    d2: torch.Tensor,  # (M, M) squared distances within one class
+    sigma2: float,  # squared bandwidth
+    dim: int,  # D, the dimension of the space
+) -> torch.Tensor:  # (M,) log-density of each point given the others
     "Log-likelihood of every point under the normalised kernel density of the others that are no copies of it."
-    others = (-d2/sigma2).masked_fill_(d2 <= 0, -torch.inf).fill_diagonal_(-torch.inf)
-    return torch.logsumexp(others, 1) - math.log(len(d2) - 1) - dim/2*math.log(math.pi*sigma2)
+    others = (-d2 / sigma2).masked_fill_(d2 <= 0, -torch.inf).fill_diagonal_(-torch.inf)
+    return (
+        torch.logsumexp(others, 1)
+        - math.log(len(d2) - 1)
+        - dim / 2 * math.log(math.pi * sigma2)
+    )
 
 # %% ../nbs/05_density.ipynb #9fef5426
 def class_sets(
-    features:torch.Tensor, # (N, D)
-    labels:torch.Tensor,   # (N,) class indices
-    max_points:int=None,   # points a class, at most; None for all
-    seed:int=0,            # of the draw of these points
-)->list:                   # one tensor (≤ max_points, D) for each class 0 … largest label
+    features: torch.Tensor,  # (N, D)
+    labels: torch.Tensor,  # (N,) class indices
+    max_points: int = None,  # points a class, at most; None for all
+    seed: int = 0,  # of the draw of these points
+) -> list:  # one tensor (≤ max_points, D) for each class 0 … largest label
     "Features by class, at most so many of each, in random order."
     generator = torch.Generator().manual_seed(seed)
     sets = []
     for c in range(int(labels.max()) + 1):
         index = (labels == c).nonzero().flatten()
-        keep = torch.randperm(len(index), generator=generator)[:max_points].to(index.device)
+        keep = torch.randperm(len(index), generator=generator)[:max_points].to(
+            index.device
+        )
         sets.append(features[index[keep]])
     return sets
 
 # %% ../nbs/05_density.ipynb #5b9138db
-def _own_distances(points): # (M, D) → (M, M) in float64; 0 for copies, whatever the rounding
+def _own_distances(
+    points,
+):  # (M, D) → (M, M) in float64; 0 for copies, whatever the rounding
     points = points.double() - points.double().mean(0)
     norms = points.square().sum(1)
     d2 = squared_distances(points, points)
-    return d2.masked_fill_(d2 <= 1e-13*(norms[:,None] + norms), 0)
+    return d2.masked_fill_(d2 <= 1e-13 * (norms[:, None] + norms), 0)
 
-def _peak(likelihood, at): # exponents k → likelihood, on 2^(k/2), about the exponents `at`, as far as its peak
-    values = {k: likelihood(2**(k/2)) for k in at}
-    while (best := max(values, key=values.get)) in (min(values), max(values)) and len(values) < 400:
-        beyond = range(best - 8, best) if best == min(values) else range(best + 1, best + 9)
-        values |= {k: likelihood(2**(k/2)) for k in beyond}
+
+def _peak(
+    likelihood, at
+):  # exponents k → likelihood, on 2^(k/2), about the exponents `at`, as far as its peak
+    values = {k: likelihood(2 ** (k / 2)) for k in at}
+    while (best := max(values, key=values.get)) in (min(values), max(values)) and len(
+        values
+    ) < 400:
+        beyond = (
+            range(best - 8, best) if best == min(values) else range(best + 1, best + 9)
+        )
+        values |= {k: likelihood(2 ** (k / 2)) for k in beyond}
     return dict(sorted(values.items()))
 
+
 def bandwidth_sweep(
-    features:torch.Tensor, # (N, D) final hidden vectors
-    labels:torch.Tensor,   # (N,) their classes
-    max_points:int=500,    # points a class, at most
-    seed:int=0,            # of the draw of these points
-)->pd.Series:              # mean log-likelihood of a left-out point, for every σ² of the sweep
+    features: torch.Tensor,  # (N, D) final hidden vectors
+    labels: torch.Tensor,  # (N,) their classes
+    max_points: int = 500,  # points a class, at most
+    seed: int = 0,  # of the draw of these points
+) -> pd.Series:  # mean log-likelihood of a left-out point, for every σ² of the sweep
     "Leave-one-out likelihood at 2⁻¹⁴ … 2² times the mean squared distance in a class, and on to its peak, in steps of √2."
     features = features.detach()
-    if not len(features): raise InputError('no features: no bandwidth can be chosen')
-    d2s = [_own_distances(s) for s in class_sets(features, labels, max_points, seed) if len(s) > 1]
-    scale = sum(d.sum().item() for d in d2s) / max(1, sum(len(d)*(len(d) - 1) for d in d2s))
-    if not scale > 0: raise InputError('no two features of one class differ: no bandwidth can be chosen, give sigma2')
-    units = [(d/scale).to(torch.promote_types(features.dtype, torch.float32)) for d in d2s if d.any()]
+    if not len(features):
+        raise InputError('no features: no bandwidth can be chosen')
+    d2s = [
+        _own_distances(s)
+        for s in class_sets(features, labels, max_points, seed)
+        if len(s) > 1
+    ]
+    scale = sum(d.sum().item() for d in d2s) / max(
+        1, sum(len(d) * (len(d) - 1) for d in d2s)
+    )
+    if not scale > 0:
+        raise InputError(
+            'no two features of one class differ: no bandwidth can be chosen, give sigma2'
+        )
+    units = [
+        (d / scale).to(torch.promote_types(features.dtype, torch.float32))
+        for d in d2s
+        if d.any()
+    ]
     points, dim = sum(map(len, units)), features.shape[1]
-    def likelihood(s): return sum(_leave_one_out(u, s, dim).sum().item() for u in units)/points
+
+    def likelihood(s):
+        return sum(_leave_one_out(u, s, dim).sum().item() for u in units) / points
+
     values = _peak(likelihood, range(-28, 5))
-    grid = pd.Index([scale * 2**(k/2) for k in values], name='σ²')
-    return pd.Series(list(values.values()), grid, name='log-likelihood') - dim/2*math.log(scale)
+    grid = pd.Index([scale * 2 ** (k / 2) for k in values], name='σ²')
+    return pd.Series(
+        list(values.values()), grid, name='log-likelihood'
+    ) - dim / 2 * math.log(scale)
+
 
 def select_sigma2(
-    features:torch.Tensor, # (N, D) final hidden vectors
-    labels:torch.Tensor,   # (N,) their classes
-    **kwargs,              # `max_points` and `seed` of `bandwidth_sweep`
-)->float:                  # squared bandwidth
+    features: torch.Tensor,  # (N, D) final hidden vectors
+    labels: torch.Tensor,  # (N,) their classes
+    **kwargs,  # `max_points` and `seed` of `bandwidth_sweep`
+) -> float:  # squared bandwidth
     "Squared bandwidth of highest leave-one-out likelihood: the same sweep for every objective."
     return float(bandwidth_sweep(features, labels, **kwargs).idxmax())

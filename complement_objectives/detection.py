@@ -22,197 +22,297 @@ from sklearn.utils import Tags, TargetTags
 from torch import nn
 
 from .core import InputError, choose
-from .density import (
-    bandwidth_sweep, class_sets, log_kernel_density, needs_float64, select_sigma2, squared_distances, tile_memory)
+from complement_objectives.density import (
+    bandwidth_sweep,
+    class_sets,
+    log_kernel_density,
+    needs_float64,
+    select_sigma2,
+    squared_distances,
+    tile_memory,
+)
 
 # %% ../nbs/05_detection.ipynb #75e09a70
 _all_ = ['bandwidth_sweep', 'log_kernel_density', 'select_sigma2']
 
 # %% ../nbs/05_detection.ipynb #ab589ffa
-def _tensor(values): # a tensor as it is; arrays, lists and data frames as a tensor
-    if isinstance(values, torch.Tensor): return values
+def _tensor(values):  # a tensor as it is; arrays, lists and data frames as a tensor
+    if isinstance(values, torch.Tensor):
+        return values
     array = np.array(values, order='C')
-    if array.dtype.kind not in 'biuf': raise InputError(f'an array of {array.dtype} came where numbers are needed')
+    if array.dtype.kind not in 'biuf':
+        raise InputError(f'an array of {array.dtype} came where numbers are needed')
     return torch.from_numpy(array.astype(array.dtype.newbyteorder('='), copy=False))
 
-def _classes_last(logits): # (N, L, …) → (N, …, L) in double precision
+
+def _classes_last(logits):  # (N, L, …) → (N, …, L) in double precision
     logits = _tensor(logits)
     return (logits.movedim(1, -1) if logits.ndim > 2 else logits).double()
 
+
 def confidence(
-    logits:torch.Tensor, # (N, L), or (N, L, …) with a score for every pixel
-)->torch.Tensor:         # (N,) or (N, …) in [1/L, 1], float64
+    logits: torch.Tensor,  # (N, L), or (N, L, …) with a score for every pixel
+) -> torch.Tensor:  # (N,) or (N, …) in [1/L, 1], float64
     "Largest softmax probability, in double precision: RCE §3.4."
     return _classes_last(logits).softmax(-1).amax(-1)
 
 # %% ../nbs/05_detection.ipynb #b3518da6
-def _non_maximal(logits): # (N, L, …) → (N, …, L-1) in double precision, all but one largest
+def _non_maximal(
+    logits,
+):  # (N, L, …) → (N, …, L-1) in double precision, all but one largest
     logits = _classes_last(logits)
     if logits.ndim < 2 or logits.shape[-1] < 2:
-        raise InputError(f'logits have shape {tuple(logits.shape)}: two classes or more are needed, shape (N, L)')
+        raise InputError(
+            f'logits have shape {tuple(logits.shape)}: two classes or more are needed, shape (N, L)'
+        )
     return logits.topk(logits.shape[-1] - 1, dim=-1, largest=False, sorted=False).values
 
 # %% ../nbs/05_detection.ipynb #796450f6
 def log_odds(
-    logits:torch.Tensor, # (N, L), or (N, L, …) with a score for every pixel
-)->torch.Tensor:         # (N,) or (N, …) any real number, float64; inf where all classes but one have the logit -inf
+    logits: torch.Tensor,  # (N, L), or (N, L, …) with a score for every pixel
+) -> torch.Tensor:  # (N,) or (N, …) any real number, float64; inf where all classes but one have the logit -inf
     "Log-odds of the predicted class: ranks inputs as `confidence` does, and never saturates."
     return _classes_last(logits).amax(-1) - _non_maximal(logits).logsumexp(-1)
 
 # %% ../nbs/05_detection.ipynb #46bd118d
 def non_max_entropy(
-    logits:torch.Tensor, # (N, L), or (N, L, …) with a score for every pixel
-)->torch.Tensor:         # (N,) or (N, …) in [0, log(L-1)], float64
+    logits: torch.Tensor,  # (N, L), or (N, L, …) with a score for every pixel
+) -> torch.Tensor:  # (N,) or (N, …) in [0, log(L-1)], float64
     "Entropy of the normalised non-maximal probabilities, in the log domain: RCE Eq 1."
     others = _non_maximal(logits)
     masked = others == -math.inf
     log_q = (others - others.logsumexp(-1, keepdim=True)).masked_fill(masked, 0)
-    return -(log_q.exp()*log_q).sum(-1)
+    return -(log_q.exp() * log_q).sum(-1)
 
 # %% ../nbs/05_detection.ipynb #3b53fe96
 def usable(
-    values:torch.Tensor, # (N, L, …) logits or (N, D) hidden vectors
-    masks:bool=False,    # may -inf stand for a class that is masked out?
-)->torch.Tensor:         # (N, …) bool
+    values: torch.Tensor,  # (N, L, …) logits or (N, D) hidden vectors
+    masks: bool = False,  # may -inf stand for a class that is masked out?
+) -> torch.Tensor:  # (N, …) bool
     "Which inputs have numbers that a score can be made of."
     fine = (values < math.inf) & ((values > -math.inf) | masks)
     return fine.all(1) & (values > -math.inf).any(1)
 
-def _full_precision(values): # inside autocast matrix products are rounded: not here
-    if torch.compiler.is_exporting() or not torch.is_autocast_enabled(values.device.type): return nullcontext()
+
+def _full_precision(values):  # inside autocast matrix products are rounded: not here
+    if torch.compiler.is_exporting() or not torch.is_autocast_enabled(
+        values.device.type
+    ):
+        return nullcontext()
     return torch.autocast(values.device.type, enabled=False)
 
-def _some_classes(logits): # logits as they are, or a word
-    if logits is None or logits.ndim < 2: raise InputError(f'logits are {None if logits is None else tuple(logits.shape)}: shape (N, L) is needed')
+
+def _some_classes(logits):  # logits as they are, or a word
+    if logits is None or logits.ndim < 2:
+        raise InputError(
+            f'logits are {None if logits is None else tuple(logits.shape)}: shape (N, L) is needed'
+        )
     return logits
 
 # %% ../nbs/05_detection.ipynb #1f72e01a
 class Detector(nn.Module):
     "A score for hidden vectors and logits, higher = more normal; this base class has no score of its own."
-    title, learned = 'detector', () # for tables; names of the buffers that `fit` fills
-    reads, vectors = 'hidden', None  # what the score is made of, or 'logits'; the buffer (·, D) that hidden vectors (N, D) must match
+
+    title, learned = 'detector', ()  # for tables; names of the buffers that `fit` fills
+    reads, vectors = (
+        'hidden',
+        None,
+    )  # what the score is made of, or 'logits'; the buffer (·, D) that hidden vectors (N, D) must match
 
     def __init__(self):
         super().__init__()
-        for name in self.learned: self.register_buffer(name, torch.empty(0))
+        for name in self.learned:
+            self.register_buffer(name, torch.empty(0))
 
-    def fit(self,
-        hidden:torch.Tensor,      # (N, D) final hidden vectors of the training set
-        labels:torch.Tensor=None, # (N,) their true classes
-        seed:int=0,               # of whatever is drawn at random
-    )->'Detector':                # the detector itself
+    def fit(
+        self,
+        hidden: torch.Tensor,  # (N, D) final hidden vectors of the training set
+        labels: torch.Tensor = None,  # (N,) their true classes
+        seed: int = 0,  # of whatever is drawn at random
+    ) -> 'Detector':  # the detector itself
         "Nothing to learn: a score of the logits alone."
         return self
 
-    def score(self,
-        hidden:torch.Tensor, # (N, D) hidden vectors; not used, and None will do, where the score reads logits
-        logits:torch.Tensor, # (N, L); where the score reads nothing else, (N, L, H, W) gives a score a pixel
-    )->torch.Tensor:         # (N,) or (N, H, W), higher = more normal; NaN where there is none
+    def score(
+        self,
+        hidden: torch.Tensor,  # (N, D) hidden vectors; not used, and None will do, where the score reads logits
+        logits: torch.Tensor,  # (N, L); where the score reads nothing else, (N, L, H, W) gives a score a pixel
+    ) -> (
+        torch.Tensor
+    ):  # (N,) or (N, H, W), higher = more normal; NaN where there is none
         "The score of each input, a tensor whatever came in."
         self._check_fitted()
         logits = None if logits is None else _tensor(logits)
-        if self.reads == 'hidden': read = hidden = self._vectors(_tensor(hidden), logits)
-        else: read = _some_classes(logits)
-        with _full_precision(read): scores = self._scores(hidden, logits)
+        if self.reads == 'hidden':
+            read = hidden = self._vectors(_tensor(hidden), logits)
+        else:
+            read = _some_classes(logits)
+        with _full_precision(read):
+            scores = self._scores(hidden, logits)
         return torch.where(usable(read, masks=self.reads == 'logits'), scores, math.nan)
 
-    def forward(self,
-        hidden:torch.Tensor, # (N, D) hidden vectors
-        logits:torch.Tensor, # (N, L)
-    )->torch.Tensor:         # (N,), higher = more normal
+    def forward(
+        self,
+        hidden: torch.Tensor,  # (N, D) hidden vectors
+        logits: torch.Tensor,  # (N, L)
+    ) -> torch.Tensor:  # (N,), higher = more normal
         return self.score(hidden, logits)
 
 # %% ../nbs/05_detection.ipynb #c7680802
 @patch(as_prop=True)
-def settings(self:Detector)->dict: # argument → value
+def settings(self: Detector) -> dict:  # argument → value
     "The constructor's arguments: `type(d)(**d.settings)` is a new detector of the same kind."
-    return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+    return {
+        name: getattr(self, name) for name in inspect.signature(type(self)).parameters
+    }
+
 
 @patch
-def extra_repr(self:Detector)->str: # for `repr`
+def extra_repr(self: Detector) -> str:  # for `repr`
     return ', '.join(f'{k}={v!r}' for k, v in self.settings.items())
 
 # %% ../nbs/05_detection.ipynb #03b8e0e1
 @patch
-def _check_fitted(self:Detector):
+def _check_fitted(self: Detector):
     if not self.__sklearn_is_fitted__():
-        raise NotFittedError(f'this {type(self).__name__} is not fitted: call fit(hidden, labels) first')
+        raise NotFittedError(
+            f'this {type(self).__name__} is not fitted: call fit(hidden, labels) first'
+        )
+
 
 @patch
-def __sklearn_is_fitted__(self:Detector)->bool: # for scikit-learn and for the check above
+def __sklearn_is_fitted__(
+    self: Detector,
+) -> bool:  # for scikit-learn and for the check above
     return all(getattr(self, name).numel() for name in self.learned)
 
+
 @patch
-def _keep(self:Detector, plain={}, **buffers): # what `fit` learned, all in one step
+def _keep(self: Detector, plain={}, **buffers):  # what `fit` learned, all in one step
     self.__dict__.update(_buffers={**self._buffers, **buffers}, **plain)
     return self
 
-@patch
-def _vectors(self:Detector, hidden, logits): # checked hidden vectors, on the detector's device
-    shape, ours = tuple(hidden.shape), getattr(self, self.vectors) if self.vectors else hidden
-    if len(shape) != 2: raise InputError(f'hidden vectors have shape {shape}: {self.title} takes (N, D)')
-    if ours.shape[1] != shape[1]: raise InputError(f'features have dimension {shape[1]}, fitted were {ours.shape[1]}')
-    if logits is not None and logits.ndim > 2:
-        raise InputError(f'logits have shape {tuple(logits.shape)}: {self.title} scores whole inputs, give (N, L)')
-    return hidden.to(ours.device)
 
 @patch
-def _load_from_state_dict(self:Detector, state_dict, prefix, *args):
+def _vectors(
+    self: Detector, hidden, logits
+):  # checked hidden vectors, on the detector's device
+    shape, ours = (
+        tuple(hidden.shape),
+        getattr(self, self.vectors) if self.vectors else hidden,
+    )
+    if len(shape) != 2:
+        raise InputError(
+            f'hidden vectors have shape {shape}: {self.title} takes (N, D)'
+        )
+    if ours.shape[1] != shape[1]:
+        raise InputError(
+            f'features have dimension {shape[1]}, fitted were {ours.shape[1]}'
+        )
+    if logits is not None and logits.ndim > 2:
+        raise InputError(
+            f'logits have shape {tuple(logits.shape)}: {self.title} scores whole inputs, give (N, L)'
+        )
+    return hidden.to(ours.device)
+
+
+@patch
+def _load_from_state_dict(self: Detector, state_dict, prefix, *args):
     for name in self.learned:
         saved = state_dict.get(prefix + name)
-        if saved is not None: setattr(self, name, torch.empty_like(saved, device=getattr(self, name).device))
+        if saved is not None:
+            setattr(
+                self, name, torch.empty_like(saved, device=getattr(self, name).device)
+            )
     nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
 
 # %% ../nbs/05_detection.ipynb #71f732ba
 class Confidence(Detector):
     "Log-odds of the predicted class, which rank as the confidence does: RCE §3.4."
+
     title, reads = 'confidence', 'logits'
-    def _scores(self, hidden, logits): return log_odds(logits) # (N, L) → (N,) float64
+
+    def _scores(self, hidden, logits):
+        return log_odds(logits)  # (N, L) → (N,) float64
+
 
 class NonMaxEntropy(Detector):
     "Entropy of the normalised non-maximal probabilities: RCE Eq 1."
+
     title, reads = 'non-ME', 'logits'
-    def _scores(self, hidden, logits): return non_max_entropy(logits) # (N, L) → (N,) float64 in [0, log(L-1)]
+
+    def _scores(self, hidden, logits):
+        return non_max_entropy(logits)  # (N, L) → (N,) float64 in [0, log(L-1)]
 
 # %% ../nbs/05_detection.ipynb #427bc694
 class MaxLogit(Detector):
     "The largest logit: Hendrycks et al., ICML 2022."
+
     title, reads = 'max logit', 'logits'
-    def _scores(self, hidden, logits): return _classes_last(logits).amax(-1) # (N, L) → (N,) float64
+
+    def _scores(self, hidden, logits):
+        return _classes_last(logits).amax(-1)  # (N, L) → (N,) float64
 
 # %% ../nbs/05_detection.ipynb #9d3de069
 class Energy(Detector):
     "Minus the free energy of the logits: Liu et al., NeurIPS 2020, Eq 4."
+
     title, reads = 'energy', 'logits'
-    def __init__(self,
-        temperature:float=1., # T, > 0
+
+    def __init__(
+        self,
+        temperature: float = 1.0,  # T, > 0
     ):
         super().__init__()
-        if not 0 < temperature < math.inf: raise InputError(f'temperature is {temperature}: it must be positive and finite')
+        if not 0 < temperature < math.inf:
+            raise InputError(
+                f'temperature is {temperature}: it must be positive and finite'
+            )
         self.temperature = temperature
 
-    def _scores(self, hidden, logits): # (N, L) → (N,) float64
-        return self.temperature*(_classes_last(logits)/self.temperature).logsumexp(-1)
+    def _scores(self, hidden, logits):  # (N, L) → (N,) float64
+        return self.temperature * (_classes_last(logits) / self.temperature).logsumexp(
+            -1
+        )
 
 # %% ../nbs/05_detection.ipynb #8765e18a
-def _check_whole(**numbers): # name → whole number from 1 on, or None
+def _check_whole(**numbers):  # name → whole number from 1 on, or None
     for name, n in numbers.items():
-        if n is not None and not (n >= 1 and n == int(n)): raise InputError(f'{name} is {n}: it must be a whole number, at least 1, or None')
+        if n is not None and not (n >= 1 and n == int(n)):
+            raise InputError(
+                f'{name} is {n}: it must be a whole number, at least 1, or None'
+            )
+
 
 class KernelDensity(Detector):
     "Log kernel density of hidden vectors within the predicted class: RCE §3.4."
-    title, vectors, learned = 'K-density', 'points_', ('points_', 'counts_', 'means_', 'sigma2_')
 
-    def __init__(self,
-        sigma2:float=None,   # squared bandwidth, > 0; where None, `fit` selects it
-        max_points:int=1000, # training features kept for each class, at most; None for all
-        max_memory:int=None, # bytes of working memory; None for 8 MiB on a CPU and 256 MiB elsewhere
-        dtype:str=None,      # 'float32' or 'float64'; None for float32, and float64 where the features are or need it
+    title, vectors, learned = (
+        'K-density',
+        'points_',
+        ('points_', 'counts_', 'means_', 'sigma2_'),
+    )
+
+    def __init__(
+        self,
+        sigma2: float = None,  # squared bandwidth, > 0; where None, `fit` selects it
+        max_points: int = 1000,  # training features kept for each class, at most; None for all
+        max_memory: int = None,  # bytes of working memory; None for 8 MiB on a CPU and 256 MiB elsewhere
+        dtype: str = None,  # 'float32' or 'float64'; None for float32, and float64 where the features are or need it
     ):
         super().__init__()
-        if sigma2 is not None and not 0 < sigma2 < math.inf: raise InputError(f'sigma2 is {sigma2}: it must be positive and finite')
+        if sigma2 is not None and not 0 < sigma2 < math.inf:
+            raise InputError(f'sigma2 is {sigma2}: it must be positive and finite')
         _check_whole(max_points=max_points, max_memory=max_memory)
-        self.dtype = None if dtype is None else choose(str(dtype).removeprefix('torch.'), dict(float32='float32', float64='float64'), 'dtype')
+        self.dtype = (
+            None
+            if dtype is None
+            else choose(
+                str(dtype).removeprefix('torch.'),
+                dict(float32='float32', float64='float64'),
+                'dtype',
+            )
+        )
         self.sigma2, self.max_points, self.max_memory = sigma2, max_points, max_memory
         self.sizes, self.wide = [], False
 
@@ -220,277 +320,479 @@ class KernelDensity(Detector):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.__dict__.update(_plain_numbers(self.points_, self.counts_, self.sigma2_))
 
-def _plain_numbers(points, counts, sigma2): # what `torch.export` has to know: points a class, and whether they need more digits than they have
-    wide = points.dtype != torch.float64 and sigma2.numel() == 1 and needs_float64(points, sigma2.item())
+
+def _plain_numbers(
+    points, counts, sigma2
+):  # what `torch.export` has to know: points a class, and whether they need more digits than they have
+    wide = (
+        points.dtype != torch.float64
+        and sigma2.numel() == 1
+        and needs_float64(points, sigma2.item())
+    )
     return dict(sizes=counts.tolist(), wide=wide)
 
 # %% ../nbs/05_detection.ipynb #2f854d98
-def _check_vectors(features, classes): # what `fit` and `log_density` ask of their arguments
+def _check_vectors(
+    features, classes
+):  # what `fit` and `log_density` ask of their arguments
     if features.ndim != 2 or classes.shape != features.shape[:1]:
-        raise InputError(f'features {tuple(features.shape)} and classes {tuple(classes.shape)} do not match: shapes (N, D) and (N,) are needed')
-    if classes.is_floating_point(): raise InputError(f'classes are {classes.dtype}: give class indices as integers')
-    if (classes < 0).any(): raise InputError(f'classes hold {classes.min().item()}: class indices start at 0')
+        raise InputError(
+            f'features {tuple(features.shape)} and classes {tuple(classes.shape)} do not match: shapes (N, D) and (N,) are needed'
+        )
+    if classes.is_floating_point():
+        raise InputError(f'classes are {classes.dtype}: give class indices as integers')
+    if (classes < 0).any():
+        raise InputError(
+            f'classes hold {classes.min().item()}: class indices start at 0'
+        )
 
-def _training_set(features, labels): # checked: features in float64, labels on their device, and the type that the detector is to keep
-    if labels is None: raise InputError('no classes to fit on: give fit(hidden, labels)')
+
+def _training_set(
+    features, labels
+):  # checked: features in float64, labels on their device, and the type that the detector is to keep
+    if labels is None:
+        raise InputError('no classes to fit on: give fit(hidden, labels)')
     features, labels = _tensor(features), _tensor(labels)
-    if labels.ndim == 2 and labels.shape[1] == 1: labels = labels[:,0]
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
     _check_vectors(features, labels)
-    if not len(features): raise InputError('no features to fit on')
-    if not features.isfinite().all(): raise InputError('features hold NaN or infinite values: nothing can be learned from them')
-    return features.detach().double(), labels.to(features.device), torch.promote_types(features.dtype, torch.float32)
+    if not len(features):
+        raise InputError('no features to fit on')
+    if not features.isfinite().all():
+        raise InputError(
+            'features hold NaN or infinite values: nothing can be learned from them'
+        )
+    return (
+        features.detach().double(),
+        labels.to(features.device),
+        torch.promote_types(features.dtype, torch.float32),
+    )
 
 # %% ../nbs/05_detection.ipynb #9d88e054
 @patch
-def fit(self:KernelDensity,
-    features:torch.Tensor, # (N, D) final hidden vectors of the training set, or features of your own
-    labels:torch.Tensor,   # (N,) true classes
-    seed:int=0,            # of the draw of `max_points` features for each class
-)->KernelDensity:          # the detector itself
+def fit(
+    self: KernelDensity,
+    features: torch.Tensor,  # (N, D) final hidden vectors of the training set, or features of your own
+    labels: torch.Tensor,  # (N,) true classes
+    seed: int = 0,  # of the draw of `max_points` features for each class
+) -> KernelDensity:  # the detector itself
     "Keep each class's features, centred, and select the bandwidth where none was given."
     features, labels, dtype = _training_set(features, labels)
-    if self.dtype: dtype = getattr(torch, self.dtype)
+    if self.dtype:
+        dtype = getattr(torch, self.dtype)
     sets = class_sets(features, labels, self.max_points, seed)
-    means = torch.stack([s.mean(0) if len(s) else s.new_zeros(s.shape[1]) for s in sets])
-    points, counts = torch.cat([s - m for s, m in zip(sets, means)]), torch.tensor([len(s) for s in sets], device=features.device)
-    sigma2 = self.sigma2 or select_sigma2(points.to(dtype), torch.arange(len(sets), device=features.device).repeat_interleave(counts))
-    if not self.dtype and needs_float64(points, sigma2): dtype = torch.float64
-    means, kept = means.to(dtype), torch.tensor(sigma2, dtype=dtype, device=features.device)
+    means = torch.stack(
+        [s.mean(0) if len(s) else s.new_zeros(s.shape[1]) for s in sets]
+    )
+    points, counts = (
+        torch.cat([s - m for s, m in zip(sets, means)]),
+        torch.tensor([len(s) for s in sets], device=features.device),
+    )
+    sigma2 = self.sigma2 or select_sigma2(
+        points.to(dtype),
+        torch.arange(len(sets), device=features.device).repeat_interleave(counts),
+    )
+    if not self.dtype and needs_float64(points, sigma2):
+        dtype = torch.float64
+    means, kept = (
+        means.to(dtype),
+        torch.tensor(sigma2, dtype=dtype, device=features.device),
+    )
     _check_bandwidth(points, sigma2, kept)
-    points = torch.cat([s - m for s, m in zip(sets, means)]).to(dtype) # about the rounded mean
-    return self._keep(_plain_numbers(points, counts, kept), points_=points, counts_=counts, means_=means, sigma2_=kept)
+    points = torch.cat([s - m for s, m in zip(sets, means)]).to(
+        dtype
+    )  # about the rounded mean
+    return self._keep(
+        _plain_numbers(points, counts, kept),
+        points_=points,
+        counts_=counts,
+        means_=means,
+        sigma2_=kept,
+    )
 
-def _check_bandwidth(points, sigma2, kept): # can one compute with it?
-    if not abs(kept.item()/sigma2 - 1) < 1e-5: raise InputError(f"sigma2 is {sigma2}, which {kept.dtype} cannot hold: leave dtype None or 'float64'")
-    if not math.isfinite(points.square().sum(1).amax().item()/sigma2/math.log(2)):
-        raise InputError(f'sigma2 is {sigma2}: for features of this length every density is 0')
+
+def _check_bandwidth(points, sigma2, kept):  # can one compute with it?
+    if not abs(kept.item() / sigma2 - 1) < 1e-5:
+        raise InputError(
+            f"sigma2 is {sigma2}, which {kept.dtype} cannot hold: leave dtype None or 'float64'"
+        )
+    if not math.isfinite(points.square().sum(1).amax().item() / sigma2 / math.log(2)):
+        raise InputError(
+            f'sigma2 is {sigma2}: for features of this length every density is 0'
+        )
 
 # %% ../nbs/05_detection.ipynb #6d53f657
 @patch
-def _groups(self:KernelDensity): # (points, mean) of each class
+def _groups(self: KernelDensity):  # (points, mean) of each class
     return list(zip(self.points_.split(self.sizes), self.means_))
 
+
 @patch
-def _by_class(self:KernelDensity, classes): # positions of the queries of each class, and of those of no class with points
+def _by_class(
+    self: KernelDensity, classes
+):  # positions of the queries of each class, and of those of no class with points
     known = torch.tensor([n > 0 for n in self.sizes] + [False], device=classes.device)
     classes = classes.clamp(max=len(self.sizes))
     bins = torch.where(known[classes], classes, len(self.sizes))
-    return bins.argsort(stable=True).split(bins.bincount(minlength=len(self.sizes) + 1).tolist())
+    return bins.argsort(stable=True).split(
+        bins.bincount(minlength=len(self.sizes) + 1).tolist()
+    )
 
 # %% ../nbs/05_detection.ipynb #b09ff5f7
 @patch
-def log_density(self:KernelDensity,
-    features:torch.Tensor, # (N, D) vectors; taken to the detector's device and dtype
-    classes:torch.Tensor,  # (N,) predicted classes
-)->torch.Tensor:           # (N,) log KD; higher is more normal; -inf for a class without training points
+def log_density(
+    self: KernelDensity,
+    features: torch.Tensor,  # (N, D) vectors; taken to the detector's device and dtype
+    classes: torch.Tensor,  # (N,) predicted classes
+) -> (
+    torch.Tensor
+):  # (N,) log KD; higher is more normal; -inf for a class without training points
     "log KD of each vector within its predicted class, differentiable in `features`."
     self._check_fitted()
     z, classes = self._vectors(_tensor(features), None), _tensor(classes)
     _check_vectors(z, classes)
     z, groups, sigma2 = z.to(self.points_.dtype), self._groups(), self.sigma2_.item()
     *index, unknown = self._by_class(classes.to(z.device))
-    values = [log_kernel_density(z[i] - mean, points, sigma2, self.max_memory, False, self.wide) for (points, mean), i in zip(groups, index) if len(i)]
-    order, nowhere = torch.cat([*index, unknown]), (0*z[unknown]).sum(1) - math.inf
+    values = [
+        log_kernel_density(
+            z[i] - mean, points, sigma2, self.max_memory, False, self.wide
+        )
+        for (points, mean), i in zip(groups, index)
+        if len(i)
+    ]
+    order, nowhere = torch.cat([*index, unknown]), (0 * z[unknown]).sum(1) - math.inf
     return torch.cat([*values, nowhere])[order.argsort()]
 
 # %% ../nbs/05_detection.ipynb #c4f760db
 @patch
-def log_densities(self:KernelDensity,
-    features:torch.Tensor, # (N, D) vectors; taken to the detector's device and dtype
-)->torch.Tensor:           # (N, K) log KD; -inf for a class without training points
+def log_densities(
+    self: KernelDensity,
+    features: torch.Tensor,  # (N, D) vectors; taken to the detector's device and dtype
+) -> torch.Tensor:  # (N, K) log KD; -inf for a class without training points
     "log KD of each vector within every class; for `torch.export` in plain operations."
-    z, sigma2 = self._vectors(_tensor(features), None).to(self.points_.dtype), self.sigma2_
-    def column(points, mean):
-        if torch.compiler.is_exporting(): return _plain_density(z - mean, points, sigma2, self.wide)
-        return log_kernel_density(z - mean, points, sigma2, self.max_memory, False, self.wide)
-    return torch.stack([column(p, m) if len(p) else z.new_full(z.shape[:1], -torch.inf) for p, m in self._groups()], 1)
+    z, sigma2 = (
+        self._vectors(_tensor(features), None).to(self.points_.dtype),
+        self.sigma2_,
+    )
 
-def _plain_density(z, points, sigma2, wide): # (N, D), (M, D) → (N,)
+    def column(points, mean):
+        if torch.compiler.is_exporting():
+            return _plain_density(z - mean, points, sigma2, self.wide)
+        return log_kernel_density(
+            z - mean, points, sigma2, self.max_memory, False, self.wide
+        )
+
+    return torch.stack(
+        [
+            column(p, m) if len(p) else z.new_full(z.shape[:1], -torch.inf)
+            for p, m in self._groups()
+        ],
+        1,
+    )
+
+
+def _plain_density(z, points, sigma2, wide):  # (N, D), (M, D) → (N,)
     dtype = torch.float64 if wide else points.dtype
     d2 = squared_distances(z.to(dtype), points.to(dtype)).clamp(min=0)
-    return (torch.logsumexp(-d2/sigma2, 1) - math.log(len(points))).to(points.dtype)
+    return (torch.logsumexp(-d2 / sigma2, 1) - math.log(len(points))).to(points.dtype)
+
 
 @patch
-def _scores(self:KernelDensity, hidden, logits): # logits (N, L), or predicted classes (N,) → (N,) log KD in the predicted class
-    if logits is None: return self.log_densities(hidden).amax(1)
+def _scores(
+    self: KernelDensity, hidden, logits
+):  # logits (N, L), or predicted classes (N,) → (N,) log KD in the predicted class
+    if logits is None:
+        return self.log_densities(hidden).amax(1)
     classes = (logits.argmax(-1) if logits.ndim == 2 else logits).to(hidden.device)
-    if not torch.compiler.is_exporting(): return self.log_density(hidden, classes)
+    if not torch.compiler.is_exporting():
+        return self.log_density(hidden, classes)
     densities, known = self.log_densities(hidden), classes < len(self.sizes)
-    return torch.where(known, densities.gather(1, classes.clamp(max=len(self.sizes) - 1)[:,None])[:,0], -math.inf)
+    return torch.where(
+        known,
+        densities.gather(1, classes.clamp(max=len(self.sizes) - 1)[:, None])[:, 0],
+        -math.inf,
+    )
 
 # %% ../nbs/05_detection.ipynb #66bca796
-def _whitening(residuals, shrinkage): # (N, D) float64 vectors of mean zero → (D, D) W with WWᵀ = the inverse of the shrunk covariance
-    covariance, eye = residuals.T @ residuals/len(residuals), torch.eye(residuals.shape[1]).to(residuals)
-    if shrinkage is None: shrinkage = ledoit_wolf_shrinkage(residuals.cpu().numpy(), assume_centered=True)
-    values, vectors = torch.linalg.eigh((1 - shrinkage)*covariance + shrinkage*covariance.trace()/len(covariance)*eye)
-    if not values.min() > 1e-12*values.max(): raise InputError('the covariance of the features has no inverse: give shrinkage > 0')
-    return vectors/values.sqrt()
+def _whitening(
+    residuals, shrinkage
+):  # (N, D) float64 vectors of mean zero → (D, D) W with WWᵀ = the inverse of the shrunk covariance
+    covariance, eye = (
+        residuals.T @ residuals / len(residuals),
+        torch.eye(residuals.shape[1]).to(residuals),
+    )
+    if shrinkage is None:
+        shrinkage = ledoit_wolf_shrinkage(residuals.cpu().numpy(), assume_centered=True)
+    values, vectors = torch.linalg.eigh(
+        (1 - shrinkage) * covariance
+        + shrinkage * covariance.trace() / len(covariance) * eye
+    )
+    if not values.min() > 1e-12 * values.max():
+        raise InputError(
+            'the covariance of the features has no inverse: give shrinkage > 0'
+        )
+    return vectors / values.sqrt()
 
 # %% ../nbs/05_detection.ipynb #b3851f4d
 class Mahalanobis(Detector):
     "Minus the squared Mahalanobis distance to the nearest class mean, with one shrunk covariance: Lee et al., NeurIPS 2018, Eq 2."
+
     title, vectors, learned = 'Mahalanobis', 'means_', ('means_', 'whitening_')
-    def __init__(self,
-        shrinkage:float=None, # in [0, 1]; None for the rule of Ledoit and Wolf
+
+    def __init__(
+        self,
+        shrinkage: float = None,  # in [0, 1]; None for the rule of Ledoit and Wolf
     ):
         super().__init__()
-        if shrinkage is not None and not 0 <= shrinkage <= 1: raise InputError(f'shrinkage is {shrinkage}: it must lie in [0, 1]')
+        if shrinkage is not None and not 0 <= shrinkage <= 1:
+            raise InputError(f'shrinkage is {shrinkage}: it must lie in [0, 1]')
         self.shrinkage = shrinkage
 
-    def fit(self,
-        hidden:torch.Tensor, # (N, D) final hidden vectors of the training set
-        labels:torch.Tensor, # (N,) true classes
-        seed:int=0,          # not used
-    )->'Mahalanobis':        # the detector itself
+    def fit(
+        self,
+        hidden: torch.Tensor,  # (N, D) final hidden vectors of the training set
+        labels: torch.Tensor,  # (N,) true classes
+        seed: int = 0,  # not used
+    ) -> 'Mahalanobis':  # the detector itself
         "Class means, and the covariance of what is left without them, in double precision."
         features, labels, dtype = _training_set(hidden, labels)
         classes, index = labels.unique(return_inverse=True)
         means = torch.stack([features[index == c].mean(0) for c in range(len(classes))])
         whitening = _whitening(features - means[index], self.shrinkage)
-        if not 1e-30 < whitening.abs().max() < 1e30: dtype = torch.float64
+        if not 1e-30 < whitening.abs().max() < 1e30:
+            dtype = torch.float64
         return self._keep(whitening_=whitening.to(dtype).contiguous(), means_=means)
 
-    def _scores(self, hidden, logits): # → (N,) at most 0
-        z, means, nearest = hidden.double() - self.means_[0], self.means_ - self.means_[0], self._nearest
+    def _scores(self, hidden, logits):  # → (N,) at most 0
+        z, means, nearest = (
+            hidden.double() - self.means_[0],
+            self.means_ - self.means_[0],
+            self._nearest,
+        )
         rows = _rows(z, len(means))
-        with torch.no_grad(): classes = torch.cat([nearest(part, means) for part in _parts(z.detach(), rows)])
+        with torch.no_grad():
+            classes = torch.cat(
+                [nearest(part, means) for part in _parts(z.detach(), rows)]
+            )
         return -self._white(z - means[classes]).square().sum(1)
 
-    def _white(self, v): # (N, D) → (N, D), in float32 where the detector is kept in less
+    def _white(
+        self, v
+    ):  # (N, D) → (N, D), in float32 where the detector is kept in less
         kept = torch.promote_types(self.whitening_.dtype, torch.float32)
         return v.to(kept) @ self.whitening_.to(kept)
 
-    def _nearest(self, z, means): # (N, D), (K, D) → (N,) which mean is nearest
-        return torch.cdist(self._white(z), self._white(means), compute_mode='donot_use_mm_for_euclid_dist').argmin(1)
+    def _nearest(self, z, means):  # (N, D), (K, D) → (N,) which mean is nearest
+        return torch.cdist(
+            self._white(z),
+            self._white(means),
+            compute_mode='donot_use_mm_for_euclid_dist',
+        ).argmin(1)
 
-def _rows(z, columns, max_memory=None): # of a matrix with so many columns, in the working memory
-    return max(1, (max_memory or tile_memory(z.device)) // (8*columns))
 
-def _parts(z, rows): # pieces of so many rows; one piece in a graph for any number of them
+def _rows(
+    z, columns, max_memory=None
+):  # of a matrix with so many columns, in the working memory
+    return max(1, (max_memory or tile_memory(z.device)) // (8 * columns))
+
+
+def _parts(
+    z, rows
+):  # pieces of so many rows; one piece in a graph for any number of them
     return [z] if torch.compiler.is_exporting() else z.split(rows)
 
 # %% ../nbs/05_detection.ipynb #6f278223
 class NearestNeighbours(Detector):
     "Minus the distance to the k-th nearest training vector: Sun et al., ICML 2022."
+
     title, vectors, learned = 'k-NN', 'points_', ('points_', 'middle_')
-    def __init__(self,
-        k:int=10,             # which neighbour
-        max_points:int=1000,  # training vectors kept for each class, at most; None for all
-        normalise:bool=True,  # bring vectors to unit length
-        max_memory:int=None,  # bytes of distances at a time, at least one query's; None for 8 MiB on a CPU and 256 MiB elsewhere
+
+    def __init__(
+        self,
+        k: int = 10,  # which neighbour
+        max_points: int = 1000,  # training vectors kept for each class, at most; None for all
+        normalise: bool = True,  # bring vectors to unit length
+        max_memory: int = None,  # bytes of distances at a time, at least one query's; None for 8 MiB on a CPU and 256 MiB elsewhere
     ):
         super().__init__()
-        if k is None: raise InputError('k is None: it must be at least 1')
+        if k is None:
+            raise InputError('k is None: it must be at least 1')
         _check_whole(k=k, max_points=max_points, max_memory=max_memory)
-        self.k, self.max_points, self.normalise, self.max_memory = k, max_points, normalise, max_memory
+        self.k, self.max_points, self.normalise, self.max_memory = (
+            k,
+            max_points,
+            normalise,
+            max_memory,
+        )
 
-    def _embed(self, hidden): # (N, D) → (N, D) in float64
-        return nn.functional.normalize(hidden.double(), dim=1, eps=1e-300) if self.normalise else hidden.double()
+    def _embed(self, hidden):  # (N, D) → (N, D) in float64
+        return (
+            nn.functional.normalize(hidden.double(), dim=1, eps=1e-300)
+            if self.normalise
+            else hidden.double()
+        )
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         points = state_dict.get(prefix + 'points_')
-        if points is not None: state_dict.setdefault(prefix + 'middle_', points.new_zeros(points.shape[1])) # of older files
+        if points is not None:
+            state_dict.setdefault(
+                prefix + 'middle_', points.new_zeros(points.shape[1])
+            )  # of older files
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def fit(self,
-        hidden:torch.Tensor, # (N, D) final hidden vectors of the training set
-        labels:torch.Tensor, # (N,) true classes; only for the draw of `max_points` each
-        seed:int=0,          # of this draw
-    )->'NearestNeighbours':  # the detector itself
+    def fit(
+        self,
+        hidden: torch.Tensor,  # (N, D) final hidden vectors of the training set
+        labels: torch.Tensor,  # (N,) true classes; only for the draw of `max_points` each
+        seed: int = 0,  # of this draw
+    ) -> 'NearestNeighbours':  # the detector itself
         "Keep the vectors, about their middle."
         features, labels, _ = _training_set(hidden, labels)
-        points = torch.cat(class_sets(self._embed(features), labels, self.max_points, seed))
-        if len(points) < self.k: raise InputError(f'k is {self.k}, and there are {len(points)} training vectors: choose a smaller k')
+        points = torch.cat(
+            class_sets(self._embed(features), labels, self.max_points, seed)
+        )
+        if len(points) < self.k:
+            raise InputError(
+                f'k is {self.k}, and there are {len(points)} training vectors: choose a smaller k'
+            )
         middle = points.mean(0)
         return self._keep(points_=points - middle, middle_=middle)
 
 # %% ../nbs/05_detection.ipynb #50b8aefe
 @patch
-def _scores(self:NearestNeighbours, hidden, logits): # → (N,) at most 0; differentiable in `hidden`
+def _scores(
+    self: NearestNeighbours, hidden, logits
+):  # → (N,) at most 0; differentiable in `hidden`
     z, points = self._embed(hidden) - self.middle_, self.points_.double()
-    rows, lengths = _rows(z, len(points), self.max_memory), points.square().sum(1)/-2
-    def kth(part): return torch.addmm(lengths, part, points.T).topk(self.k).indices[:,-1]
-    with torch.no_grad(): neighbours = torch.cat([kth(part) for part in _parts(z.detach(), rows)])
-    return -(z - points[neighbours]).norm(dim=1).to(torch.promote_types(hidden.dtype, torch.float32))
+    rows, lengths = _rows(z, len(points), self.max_memory), points.square().sum(1) / -2
+
+    def kth(part):
+        return torch.addmm(lengths, part, points.T).topk(self.k).indices[:, -1]
+
+    with torch.no_grad():
+        neighbours = torch.cat([kth(part) for part in _parts(z.detach(), rows)])
+    return (
+        -(z - points[neighbours])
+        .norm(dim=1)
+        .to(torch.promote_types(hidden.dtype, torch.float32))
+    )
 
 # %% ../nbs/05_detection.ipynb #8b55cd7c
-DETECTORS = {'confidence': Confidence, 'non-me': NonMaxEntropy, 'k-density': KernelDensity, 'max-logit': MaxLogit,
-             'energy': Energy, 'mahalanobis': Mahalanobis, 'knn': NearestNeighbours}
+DETECTORS = {
+    'confidence': Confidence,
+    'non-me': NonMaxEntropy,
+    'k-density': KernelDensity,
+    'max-logit': MaxLogit,
+    'energy': Energy,
+    'mahalanobis': Mahalanobis,
+    'knn': NearestNeighbours,
+}
+
 
 def create_detector(
-    name:str,   # a key of `DETECTORS`
-    **settings, # of its constructor
-)->Detector:    # not yet fitted
+    name: str,  # a key of `DETECTORS`
+    **settings,  # of its constructor
+) -> Detector:  # not yet fitted
     "A detector by name; `InputError` for an unknown one."
     return choose(name, DETECTORS, 'detector')(**settings)
 
 # %% ../nbs/05_detection.ipynb #09d130ed
 @patch
-def score_samples(self:Detector,
-    X, # (N, D) hidden vectors, or (N, L) logits where the score reads logits; tensor or array
-):     # (N,) scores: a tensor for a tensor, a NumPy array for anything else
+def score_samples(
+    self: Detector,
+    X,  # (N, D) hidden vectors, or (N, L) logits where the score reads logits; tensor or array
+):  # (N,) scores: a tensor for a tensor, a NumPy array for anything else
     "Scores of one kind of input alone, for scikit-learn; K-density is that of the densest class."
-    with torch.no_grad(): scores = self.score(None, X) if self.reads == 'logits' else self.score(X, None)
+    with torch.no_grad():
+        scores = self.score(None, X) if self.reads == 'logits' else self.score(X, None)
     return scores if isinstance(X, torch.Tensor) else scores.cpu().numpy()
 
+
 @patch
-def decision_function(self:Detector,
-    X, # as in `score_samples`
-):     # (N,) scores
+def decision_function(
+    self: Detector,
+    X,  # as in `score_samples`
+):  # (N,) scores
     "The same as `score_samples`."
     return self.score_samples(X)
 
+
 @patch
-def get_params(self:Detector,
-    deep:bool=True, # not used
-)->dict:            # argument → value
+def get_params(
+    self: Detector,
+    deep: bool = True,  # not used
+) -> dict:  # argument → value
     "The constructor's arguments, for scikit-learn's `clone`."
     return dict(self.settings)
 
+
 @patch
-def set_params(self:Detector,
-    **params, # arguments of the constructor
-)->Detector:  # the detector itself
+def set_params(
+    self: Detector,
+    **params,  # arguments of the constructor
+) -> Detector:  # the detector itself
     "Change arguments of the constructor; a detector has to be fitted again."
-    for name in params: choose(name, self.settings, 'argument')
-    changed = type(self)(**(self.settings | params)).settings # checks them
+    for name in params:
+        choose(name, self.settings, 'argument')
+    changed = type(self)(**(self.settings | params)).settings  # checks them
     self.__dict__.update(changed)
     return self
 
+
 @patch
-def __sklearn_tags__(self:Detector): # for scikit-learn
-    return Tags(estimator_type=None, target_tags=TargetTags(required=bool(self.learned)))
+def __sklearn_tags__(self: Detector):  # for scikit-learn
+    return Tags(
+        estimator_type=None, target_tags=TargetTags(required=bool(self.learned))
+    )
 
 # %% ../nbs/05_detection.ipynb #6488626e
-def _as_scores(s): # tensor, array or list → float64 array
-    s = s.detach().double().cpu().numpy() if isinstance(s, torch.Tensor) else np.asarray(s, dtype=float)
-    if np.isnan(s).any(): raise InputError(f'{np.isnan(s).sum()} of {s.size} scores are NaN: check the logits they come from')
+def _as_scores(s):  # tensor, array or list → float64 array
+    s = (
+        s.detach().double().cpu().numpy()
+        if isinstance(s, torch.Tensor)
+        else np.asarray(s, dtype=float)
+    )
+    if np.isnan(s).any():
+        raise InputError(
+            f'{np.isnan(s).sum()} of {s.size} scores are NaN: check the logits they come from'
+        )
     return s.ravel()
 
-def _truth_and_ranks(normal, adversarial): # 1 for normal, 0 for adversarial; and the place of each score among the distinct ones
+
+def _truth_and_ranks(
+    normal, adversarial
+):  # 1 for normal, 0 for adversarial; and the place of each score among the distinct ones
     normal, adversarial = _as_scores(normal), _as_scores(adversarial)
     ranks = np.unique(np.r_[normal, adversarial], return_inverse=True)[1].ravel()
     return np.r_[np.ones(len(normal)), np.zeros(len(adversarial))], ranks
 
 # %% ../nbs/05_detection.ipynb #dc9aa794
 def auroc(
-    normal,      # scores of normal inputs, higher = more normal; ±inf is a score as any other
-    adversarial, # scores of adversarial inputs
-)->float:        # in [0, 1]; NaN where either side is empty
+    normal,  # scores of normal inputs, higher = more normal; ±inf is a score as any other
+    adversarial,  # scores of adversarial inputs
+) -> float:  # in [0, 1]; NaN where either side is empty
     "Probability that a normal input scores above an adversarial one, ties counting one half."
     truth, ranks = _truth_and_ranks(normal, adversarial)
-    adverse, fine = [np.bincount(ranks[truth == side]) for side in (0, 1)] # how many at each score, whole numbers
-    if not len(adverse) or not len(fine): return math.nan
+    adverse, fine = [
+        np.bincount(ranks[truth == side]) for side in (0, 1)
+    ]  # how many at each score, whole numbers
+    if not len(adverse) or not len(fine):
+        return math.nan
     adverse = np.r_[adverse, np.zeros(max(0, len(fine) - len(adverse)), dtype=int)]
-    twice = (fine*(2*adverse.cumsum() - adverse)[:len(fine)]).sum()
-    return float(twice/(2*adverse.sum()*fine.sum()))
+    twice = (fine * (2 * adverse.cumsum() - adverse)[: len(fine)]).sum()
+    return float(twice / (2 * adverse.sum() * fine.sum()))
 
 # %% ../nbs/05_detection.ipynb #9f3a7530
 def roc(
-    normal,      # scores of normal inputs, higher = more normal; ±inf is a score as any other
-    adversarial, # scores of adversarial inputs
-)->tuple[np.ndarray, np.ndarray]: # share of adversarial and of normal inputs accepted, at falling thresholds
+    normal,  # scores of normal inputs, higher = more normal; ±inf is a score as any other
+    adversarial,  # scores of adversarial inputs
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # share of adversarial and of normal inputs accepted, at falling thresholds
     "ROC curve: how many of either side pass, at falling thresholds."
     truth, ranks = _truth_and_ranks(normal, adversarial)
-    if not 0 < truth.sum() < len(truth): raise InputError('a ROC curve needs at least one normal and one adversarial score')
+    if not 0 < truth.sum() < len(truth):
+        raise InputError(
+            'a ROC curve needs at least one normal and one adversarial score'
+        )
     return roc_curve(truth, ranks)[:2]

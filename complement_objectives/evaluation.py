@@ -25,58 +25,126 @@ from .core import InputError, as_number
 from .detection import KernelDensity, create_detector
 from .gradient_attacks import BIM, FGSM, ILCM
 from .hygiene import broken, compare_checks, flags, hygiene, wrong
-from .measures import (
-    OVER, SCORES, Interval, _classes, accuracy, auc_interval, check_pairs, chosen_pairs, correct, detection_auc, detection_scores, detection_table, distortion,
-    fit_density, mean_interval, mean_std, share_interval, worst_case, zero_gradient_share)
+from complement_objectives.measures import (
+    OVER,
+    SCORES,
+    Interval,
+    _classes,
+    accuracy,
+    auc_interval,
+    check_pairs,
+    chosen_pairs,
+    correct,
+    detection_auc,
+    detection_scores,
+    detection_table,
+    distortion,
+    fit_density,
+    mean_interval,
+    mean_std,
+    share_interval,
+    worst_case,
+    zero_gradient_share,
+)
 from .models import forward_batches
-from .optimization_attacks import CarliniWagnerL2, CarliniWagnerWB, cw, cw_hc
+from complement_objectives.optimization_attacks import (
+    CarliniWagnerL2,
+    CarliniWagnerWB,
+    cw,
+    cw_hc,
+)
 from .perturbation import check_images
 from .saliency_attacks import jsma
 
 # %% ../nbs/07b_evaluation.ipynb #fee9bc27
-_all_ = ['OVER', 'SCORES', 'Interval', 'accuracy', 'auc_interval', 'chosen_pairs', 'correct', 'detection_auc', 'detection_scores', 'detection_table',
-         'distortion', 'fit_density', 'mean_interval', 'mean_std', 'share_interval', 'worst_case', 'zero_gradient_share',
-         'broken', 'compare_checks', 'flags', 'hygiene', 'wrong']
+_all_ = [
+    'OVER',
+    'SCORES',
+    'Interval',
+    'accuracy',
+    'auc_interval',
+    'chosen_pairs',
+    'correct',
+    'detection_auc',
+    'detection_scores',
+    'detection_table',
+    'distortion',
+    'fit_density',
+    'mean_interval',
+    'mean_std',
+    'share_interval',
+    'worst_case',
+    'zero_gradient_share',
+    'broken',
+    'compare_checks',
+    'flags',
+    'hygiene',
+    'wrong',
+]
 
 # %% ../nbs/07b_evaluation.ipynb #f092fd4b
 @dataclass
 class Defence:
     "A network with its detectors: what an adversary is up against."
-    model:nn.Module # with `hidden_and_logits`
-    detectors:dict  # title → fitted detector, a `KernelDensity` among them
-    eta:float       # η: the white-box adversary wants -log KD ≤ η
+
+    model: nn.Module  # with `hidden_and_logits`
+    detectors: dict  # title → fitted detector, a `KernelDensity` among them
+    eta: float  # η: the white-box adversary wants -log KD ≤ η
 
     @property
-    def density(self): return next(d for d in self.detectors.values() if isinstance(d, KernelDensity))
+    def density(self):
+        return next(d for d in self.detectors.values() if isinstance(d, KernelDensity))
 
-    def scores(self,
-        x:torch.Tensor, # (N, C, H, W) pixels in [0, 1]
-    )->pd.DataFrame:    # N rows: `predicted`, and a column a detector
+    def scores(
+        self,
+        x: torch.Tensor,  # (N, C, H, W) pixels in [0, 1]
+    ) -> pd.DataFrame:  # N rows: `predicted`, and a column a detector
         "Predicted classes and scores, higher = more normal."
         z, logits = forward_batches(self.model, x)
-        return pd.DataFrame({'predicted': logits.argmax(1), **{title: d.score(z, logits).double().cpu() for title, d in self.detectors.items()}})
+        return pd.DataFrame(
+            {
+                'predicted': logits.argmax(1),
+                **{
+                    title: d.score(z, logits).double().cpu()
+                    for title, d in self.detectors.items()
+                },
+            }
+        )
 
-    def detected(self,
-        scores:pd.DataFrame, # from `scores`
-    )->torch.Tensor:         # (N,) bool
+    def detected(
+        self,
+        scores: pd.DataFrame,  # from `scores`
+    ) -> torch.Tensor:  # (N,) bool
         "Where f₂ > 0: RCE §4.4."
         return torch.from_numpy(-scores[self.density.title].to_numpy() > self.eta)
 
 # %% ../nbs/07b_evaluation.ipynb #1554fe0e
 def defend(
-    model,             # a classifier with `hidden_and_logits`
-    x:torch.Tensor,    # (N, C, H, W) training images, pixels in [0, 1]
-    y:torch.Tensor,    # (N,) their classes
-    held_out:torch.Tensor=None, # (M, C, H, W) other normal images for η; None: the training images, as in the paper
-    detectors=('confidence', 'non-me', 'k-density'), # keys of `DETECTORS`; 'k-density' must be among them
-    seed:int=0,        # of what the detectors draw
-    **density,         # settings of the `KernelDensity`, `sigma2` for instance
-)->Defence:            # ready to be attacked
+    model,  # a classifier with `hidden_and_logits`
+    x: torch.Tensor,  # (N, C, H, W) training images, pixels in [0, 1]
+    y: torch.Tensor,  # (N,) their classes
+    held_out: torch.Tensor = None,  # (M, C, H, W) other normal images for η; None: the training images, as in the paper
+    detectors=(
+        'confidence',
+        'non-me',
+        'k-density',
+    ),  # keys of `DETECTORS`; 'k-density' must be among them
+    seed: int = 0,  # of what the detectors draw
+    **density,  # settings of the `KernelDensity`, `sigma2` for instance
+) -> Defence:  # ready to be attacked
     "Fit detectors on a network's hidden vectors, and set η."
-    if 'k-density' not in detectors: raise InputError("a defence needs 'k-density' among its detectors: C&W-wb attacks it")
+    if 'k-density' not in detectors:
+        raise InputError(
+            "a defence needs 'k-density' among its detectors: C&W-wb attacks it"
+        )
     z, _ = forward_batches(model, x)
-    made = [create_detector(name, **(density if name == 'k-density' else {})).fit(z, y.cpu(), seed=seed) for name in detectors]
-    defence = Defence(model, {d.title: d for d in made}, 0.)
+    made = [
+        create_detector(name, **(density if name == 'k-density' else {})).fit(
+            z, y.cpu(), seed=seed
+        )
+        for name in detectors
+    ]
+    defence = Defence(model, {d.title: d for d in made}, 0.0)
     normal = forward_batches(model, x if held_out is None else held_out)
     classes = y.cpu() if held_out is None else normal[1].argmax(1)
     defence.eta = -defence.density.log_density(normal[0], classes).median().item()
@@ -84,257 +152,471 @@ def defend(
 
 # %% ../nbs/07b_evaluation.ipynb #f35de4a8
 def crafted(
-    model,              # from pixels to logits, or a foolbox model
-    x:torch.Tensor,     # (N, …) images within the bounds
-    y:torch.Tensor,     # (N,) true classes
-    attack,             # a foolbox attack
-    eps:float=None,     # its radius; None: no limit, for attacks that minimise
-    batch_size:int=512, # images at a time
-)->torch.Tensor:        # like `x`; attacks that minimise give the original where they find nothing
+    model,  # from pixels to logits, or a foolbox model
+    x: torch.Tensor,  # (N, …) images within the bounds
+    y: torch.Tensor,  # (N,) true classes
+    attack,  # a foolbox attack
+    eps: float = None,  # its radius; None: no limit, for attacks that minimise
+    batch_size: int = 512,  # images at a time
+) -> (
+    torch.Tensor
+):  # like `x`; attacks that minimise give the original where they find nothing
     "What the attack makes of every image, fooling or not."
     check_pairs(x, y, batch_size)
     eps = None if eps is None else as_number(eps, 'eps')
     parts = list(zip(x.split(batch_size), y.split(batch_size)))
-    if isinstance(attack, PlainCall): return torch.cat([attack.craft(model, a, b, epsilon=eps) for a, b in parts])
-    with as_foolbox(model, x) as m: # any other foolbox attack
+    if isinstance(attack, PlainCall):
+        return torch.cat([attack.craft(model, a, b, epsilon=eps) for a, b in parts])
+    with as_foolbox(model, x) as m:  # any other foolbox attack
         device = getattr(m, 'device', None) or x.device
-        def made(a, b): return attack(m, a.to(device, copy=True), Misclassification(b.to(device, torch.long, copy=True)), epsilons=eps)[1]
+
+        def made(a, b):
+            return attack(
+                m,
+                a.to(device, copy=True),
+                Misclassification(b.to(device, torch.long, copy=True)),
+                epsilons=eps,
+            )[1]
+
         return torch.cat([made(a, b).to(x.device) for a, b in parts])
 
 # %% ../nbs/07b_evaluation.ipynb #b86020b5
 def rce_attacks(
-    eps:float=0.16, # radius of FGSM, BIM and ILCM, and JSMA's step
-    **settings,     # of C&W and C&W-hc, `steps` for instance
-)->dict:            # title → (attack, radius)
+    eps: float = 0.16,  # radius of FGSM, BIM and ILCM, and JSMA's step
+    **settings,  # of C&W and C&W-hc, `steps` for instance
+) -> dict:  # title → (attack, radius)
     "The attacks of RCE Table 2."
-    return {'FGSM': (FGSM(), eps), 'BIM': (BIM(), eps), 'ILCM': (ILCM(), eps), 'JSMA': (jsma(theta=eps), None),
-            'C&W': (cw(**settings), None), 'C&W-hc': (cw_hc(**settings), None)}
+    return {
+        'FGSM': (FGSM(), eps),
+        'BIM': (BIM(), eps),
+        'ILCM': (ILCM(), eps),
+        'JSMA': (jsma(theta=eps), None),
+        'C&W': (cw(**settings), None),
+        'C&W-hc': (cw_hc(**settings), None),
+    }
 
 # %% ../nbs/07b_evaluation.ipynb #87b26f6d
 THREATS = dict(
     oblivious='oblivious: the adversary knows the network and not the detector',
     white_box='white-box: the adversary knows network and detector, and attacks both by C&W-wb',
-    black_box='black-box: the adversary attacks a substitute by C&W-wb; network and detector of the target are unknown to it')
+    black_box='black-box: the adversary attacks a substitute by C&W-wb; network and detector of the target are unknown to it',
+)
 
-def _columns(name, interval): return {(name, end): v for end, v in zip(Interval._fields, interval)}
 
-def _finished(rows, names, threat, over, n): # rows: key → {column: value}
-    table = pd.DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=names) if len(names) > 1 else pd.Index(rows, name=names[0]))
+def _columns(name, interval):
+    return {(name, end): v for end, v in zip(Interval._fields, interval)}
+
+
+def _finished(rows, names, threat, over, n):  # rows: key → {column: value}
+    table = pd.DataFrame(
+        rows.values(),
+        index=pd.MultiIndex.from_tuples(rows, names=names)
+        if len(names) > 1
+        else pd.Index(rows, name=names[0]),
+    )
     table.columns = pd.MultiIndex.from_tuples(table.columns)
     table.attrs = dict(threat=THREATS[threat], over=OVER[over], images=n)
     return table
 
 # %% ../nbs/07b_evaluation.ipynb #809a76f7
 def printed(
-    table:pd.DataFrame, # of a threat model
-    digits:int=1,       # decimals
-)->pd.DataFrame:        # text: 'value [low, high]', shares in per cent, distortions in grey levels, – where there is nothing
+    table: pd.DataFrame,  # of a threat model
+    digits: int = 1,  # decimals
+) -> pd.DataFrame:  # text: 'value [low, high]', shares in per cent, distortions in grey levels, – where there is nothing
     "A table as papers print it."
+
     def cell(name, value, low, high):
-        if isinstance(value, str): return value
-        if pd.isna(value): return '–'
-        if name == 'pairs': return f'{value:.0f}'
-        a, b, c = (v*(1 if name.startswith('distortion') else 100) for v in (value, low, high))
-        return f'{a:.{digits}f}' if pd.isna(b) else f'{a:.{digits}f} [{b:.{digits}f}, {c:.{digits}f}]'
+        if isinstance(value, str):
+            return value
+        if pd.isna(value):
+            return '–'
+        if name == 'pairs':
+            return f'{value:.0f}'
+        a, b, c = (
+            v * (1 if name.startswith('distortion') else 100)
+            for v in (value, low, high)
+        )
+        return (
+            f'{a:.{digits}f}'
+            if pd.isna(b)
+            else f'{a:.{digits}f} [{b:.{digits}f}, {c:.{digits}f}]'
+        )
+
     heads = list(dict.fromkeys(key[:-1] for key in table))
-    def column(head): return [table[(*head, end)] if (*head, end) in table else [float('nan')]*len(table) for end in Interval._fields]
+
+    def column(head):
+        return [
+            table[(*head, end)]
+            if (*head, end) in table
+            else [float('nan')] * len(table)
+            for end in Interval._fields
+        ]
+
     text = {head: [cell(head[0], *row) for row in zip(*column(head))] for head in heads}
     out = pd.DataFrame(text, index=table.index)
-    out.columns = pd.Index([h[0] for h in heads]) if len(heads[0]) == 1 else pd.MultiIndex.from_tuples(heads)
+    out.columns = (
+        pd.Index([h[0] for h in heads])
+        if len(heads[0]) == 1
+        else pd.MultiIndex.from_tuples(heads)
+    )
     out.attrs = table.attrs
     return out
 
 # %% ../nbs/07b_evaluation.ipynb #cf196c03
 def _checked(defences, x, y):
-    check_images(x); check_pairs(x, y)
-    if not defences: raise InputError('no defences: give a dict from titles to what `defend` returns')
+    check_images(x)
+    check_pairs(x, y)
+    if not defences:
+        raise InputError(
+            'no defences: give a dict from titles to what `defend` returns'
+        )
+
 
 def _oblivious_row(defence, before, x, x_adv, y, over, boot):
     after = defence.scores(x_adv)
-    chosen, fooled = (chosen_pairs(before.predicted, after.predicted, y, o) for o in (over, 'fooled'))
+    chosen, fooled = (
+        chosen_pairs(before.predicted, after.predicted, y, o) for o in (over, 'fooled')
+    )
     right = _classes(before.predicted) == y.cpu()
     aucs = detection_table(before, after, y, over, **boot)
-    row = {('pairs', 'value'): chosen.sum().item()} | _columns('success', share_interval(fooled[right], boot['level']))
-    row |= _columns('distortion', mean_interval(distortion(x_adv, x).cpu()[chosen], **boot))
-    for title, interval in aucs.iterrows(): row |= _columns(title, interval)
+    row = {('pairs', 'value'): chosen.sum().item()} | _columns(
+        'success', share_interval(fooled[right], boot['level'])
+    )
+    row |= _columns(
+        'distortion', mean_interval(distortion(x_adv, x).cpu()[chosen], **boot)
+    )
+    for title, interval in aucs.iterrows():
+        row |= _columns(title, interval)
     return row
 
 # %% ../nbs/07b_evaluation.ipynb #cfabe450
 def oblivious_images(
-    defences:dict,     # title → `Defence`
-    x:torch.Tensor,    # (N, C, H, W) images in [0, 1]
-    y:torch.Tensor,    # (N,) true classes
-    attacks:dict=None, # title → (attack, radius); None: `rce_attacks()`
-)->dict:               # (attack, defence) → images
+    defences: dict,  # title → `Defence`
+    x: torch.Tensor,  # (N, C, H, W) images in [0, 1]
+    y: torch.Tensor,  # (N,) true classes
+    attacks: dict = None,  # title → (attack, radius); None: `rce_attacks()`
+) -> dict:  # (attack, defence) → images
     "The adversarial images of `oblivious`, to use them more than once."
     attacks = rce_attacks() if attacks is None else attacks
-    return {(name, title): crafted(d.model, x, y, *attack) for name, attack in attacks.items() for title, d in defences.items()}
+    return {
+        (name, title): crafted(d.model, x, y, *attack)
+        for name, attack in attacks.items()
+        for title, d in defences.items()
+    }
 
 # %% ../nbs/07b_evaluation.ipynb #d19ce87f
 def oblivious(
-    defences:dict,     # title → `Defence`
-    x:torch.Tensor,    # (N, C, H, W) images in [0, 1]
-    y:torch.Tensor,    # (N,) true classes
-    attacks:dict=None, # title → (attack, radius); None: `rce_attacks()`
+    defences: dict,  # title → `Defence`
+    x: torch.Tensor,  # (N, C, H, W) images in [0, 1]
+    y: torch.Tensor,  # (N,) true classes
+    attacks: dict = None,  # title → (attack, radius); None: `rce_attacks()`
     *,
-    over:str='fooled', # which pairs: a key of `OVER`
-    images:dict=None,  # from `oblivious_images`; None: made here
-    n_boot:int=1000,   # resamples
-    level:float=0.95,  # of the intervals
-)->pd.DataFrame:       # a row for attack and objective, averages last; `pairs`, `success`, `distortion`, an AUC for each detector
+    over: str = 'fooled',  # which pairs: a key of `OVER`
+    images: dict = None,  # from `oblivious_images`; None: made here
+    n_boot: int = 1000,  # resamples
+    level: float = 0.95,  # of the intervals
+) -> pd.DataFrame:  # a row for attack and objective, averages last; `pairs`, `success`, `distortion`, an AUC for each detector
     "RCE Table 2."
     _checked(defences, x, y)
     images = oblivious_images(defences, x, y, attacks) if images is None else images
-    before, boot = {title: d.scores(x) for title, d in defences.items()}, dict(n_boot=n_boot, level=level)
-    rows = {(name, title): _oblivious_row(defences[title], before[title], x, x_adv, y, over, boot) for (name, title), x_adv in images.items()}
+    before, boot = (
+        {title: d.scores(x) for title, d in defences.items()},
+        dict(n_boot=n_boot, level=level),
+    )
+    rows = {
+        (name, title): _oblivious_row(
+            defences[title], before[title], x, x_adv, y, over, boot
+        )
+        for (name, title), x_adv in images.items()
+    }
     table = _finished(rows, ['attack', 'objective'], 'oblivious', over, len(x))
     values = [c for c in table if c[-1] == 'value' and c[0] != 'pairs']
-    means = table[values].groupby(level='objective', sort=False).agg(lambda v: v.mean(skipna=False))
-    means.index = pd.MultiIndex.from_product([['average'], means.index], names=table.index.names)
+    means = (
+        table[values]
+        .groupby(level='objective', sort=False)
+        .agg(lambda v: v.mean(skipna=False))
+    )
+    means.index = pd.MultiIndex.from_product(
+        [['average'], means.index], names=table.index.names
+    )
     attrs, table = table.attrs, pd.concat([table, means.reindex(columns=table.columns)])
     table.attrs = attrs
     return table
 
 # %% ../nbs/07b_evaluation.ipynb #abe76376
 def plot_intervals(
-    table:pd.DataFrame, # from `oblivious` or `white_box`
-    measure:str,        # a first-level column
-    ax=None,            # matplotlib axes; None: new ones
-):                      # the axes
+    table: pd.DataFrame,  # from `oblivious` or `white_box`
+    measure: str,  # a first-level column
+    ax=None,  # matplotlib axes; None: new ones
+):  # the axes
     "One measure of a table: values with their intervals, a colour for each objective; a dash where there is none at all."
-    if ax is None: ax = plt.subplots(figsize=(4.5, 2.4))[1]
+    if ax is None:
+        ax = plt.subplots(figsize=(4.5, 2.4))[1]
     values = table[measure].dropna(subset='low')
-    objectives, places = values.index.unique('objective'), [name for name in table.index.unique(0) if name != 'average']
+    objectives, places = (
+        values.index.unique('objective'),
+        [name for name in table.index.unique(0) if name != 'average'],
+    )
     empty = set(places) - set(values.index.unique(0))
     for i, objective in enumerate(objectives):
-        v = values.xs(objective, level='objective') if values.index.nlevels > 1 else values.loc[[objective]]
-        at = [places.index(key) + 0.2*(i - (len(objectives) - 1)/2)*(values.index.nlevels > 1) for key in v.index]
-        ax.errorbar(v['value'], at, xerr=[(v['value'] - v['low']).clip(0), (v['high'] - v['value']).clip(0)], fmt='o', ms=4, label=objective)
-    ax.set(yticks=range(len(places)), yticklabels=[f'{name} –' if name in empty else name for name in places], xlabel=measure); ax.invert_yaxis(); ax.legend()
+        v = (
+            values.xs(objective, level='objective')
+            if values.index.nlevels > 1
+            else values.loc[[objective]]
+        )
+        at = [
+            places.index(key)
+            + 0.2 * (i - (len(objectives) - 1) / 2) * (values.index.nlevels > 1)
+            for key in v.index
+        ]
+        ax.errorbar(
+            v['value'],
+            at,
+            xerr=[(v['value'] - v['low']).clip(0), (v['high'] - v['value']).clip(0)],
+            fmt='o',
+            ms=4,
+            label=objective,
+        )
+    ax.set(
+        yticks=range(len(places)),
+        yticklabels=[f'{name} –' if name in empty else name for name in places],
+        xlabel=measure,
+    )
+    ax.invert_yaxis()
+    ax.legend()
     return ax
 
 # %% ../nbs/07b_evaluation.ipynb #340e7875
 def accuracy_curves(
-    models:dict,      # title → network, or foolbox model
-    x:torch.Tensor,   # (N, C, H, W) images in [0, 1]
-    y:torch.Tensor,   # (N,) true classes
-    attacks:dict,     # title → attack, or a function from ε to (attack, radius)
-    eps,              # values of ε
-    level:float=0.95, # of the intervals
-)->pd.DataFrame:      # a row for attack, objective and ε: `attack`, `objective`, `eps`, `value`, `low`, `high`
+    models: dict,  # title → network, or foolbox model
+    x: torch.Tensor,  # (N, C, H, W) images in [0, 1]
+    y: torch.Tensor,  # (N,) true classes
+    attacks: dict,  # title → attack, or a function from ε to (attack, radius)
+    eps,  # values of ε
+    level: float = 0.95,  # of the intervals
+) -> pd.DataFrame:  # a row for attack, objective and ε: `attack`, `objective`, `eps`, `value`, `low`, `high`
     "RCE Fig 3 as a table."
     check_pairs(x, y)
-    for net in models.values(): check_images(x, (0, 1) if isinstance(net, nn.Module) else net.bounds)
-    def made(attack, e): return (attack, e) if isinstance(attack, fb.attacks.Attack) else attack(e)
-    rows = [dict(attack=name, objective=title, eps=e, **share_interval(~wrong(net, crafted(net, x, y, *made(attack, e)), y), level)._asdict())
-            for name, attack in attacks.items() for title, net in models.items() for e in eps]
+    for net in models.values():
+        check_images(x, (0, 1) if isinstance(net, nn.Module) else net.bounds)
+
+    def made(attack, e):
+        return (attack, e) if isinstance(attack, fb.attacks.Attack) else attack(e)
+
+    rows = [
+        dict(
+            attack=name,
+            objective=title,
+            eps=e,
+            **share_interval(
+                ~wrong(net, crafted(net, x, y, *made(attack, e)), y), level
+            )._asdict(),
+        )
+        for name, attack in attacks.items()
+        for title, net in models.items()
+        for e in eps
+    ]
     return pd.DataFrame(rows)
 
 # %% ../nbs/07b_evaluation.ipynb #04e9d81a
 def plot_curves(
-    curves:pd.DataFrame, # from `accuracy_curves`
-    axs=None,            # matplotlib axes, one for each attack; None: new ones
-):                       # the axes
+    curves: pd.DataFrame,  # from `accuracy_curves`
+    axs=None,  # matplotlib axes, one for each attack; None: new ones
+):  # the axes
     "RCE Fig 3: a panel an attack, a line an objective, its interval as a band."
     names = list(curves.attack.unique())
-    if axs is None: axs = plt.subplots(1, len(names), figsize=(2.4*len(names), 2.2), sharey=True, squeeze=False)[1][0]
+    if axs is None:
+        axs = plt.subplots(
+            1, len(names), figsize=(2.4 * len(names), 2.2), sharey=True, squeeze=False
+        )[1][0]
     for name, ax in zip(names, axs):
         for title, c in curves[curves.attack == name].groupby('objective', sort=False):
             ax.plot(c.eps, c.value, marker='.', label=title)
-            ax.fill_between(c.eps, c.low, c.high, alpha=.2)
+            ax.fill_between(c.eps, c.low, c.high, alpha=0.2)
         ax.set(title=name, xlabel='ε', ylim=(0, 1))
-    axs[0].set_ylabel('accuracy'); axs[0].legend()
+    axs[0].set_ylabel('accuracy')
+    axs[0].legend()
     return axs
 
 # %% ../nbs/07b_evaluation.ipynb #3644b186
 def with_flags(
-    table:pd.DataFrame, # of a threat model
-    reports:dict,       # title → report from `hygiene`
-    level:int=-1,       # of the table's index: where the titles stand
-)->pd.DataFrame:        # the table with a column `failed checks`
+    table: pd.DataFrame,  # of a threat model
+    reports: dict,  # title → report from `hygiene`
+    level: int = -1,  # of the table's index: where the titles stand
+) -> pd.DataFrame:  # the table with a column `failed checks`
     "The failed checks beside every number."
-    def text(title): return 'not checked' if title not in reports else ', '.join(flags(reports[title])) or 'none'
+
+    def text(title):
+        return (
+            'not checked'
+            if title not in reports
+            else ', '.join(flags(reports[title])) or 'none'
+        )
+
     out = table.copy()
-    out[('failed checks', *[''] * (table.columns.nlevels - 2), 'value')] = [text(t) for t in table.index.get_level_values(level)]
+    out[('failed checks', *[''] * (table.columns.nlevels - 2), 'value')] = [
+        text(t) for t in table.index.get_level_values(level)
+    ]
     return out
 
 # %% ../nbs/07b_evaluation.ipynb #a5e7de34
-def _past_both(attack, model, x, y): # images of C&W-wb; of C&W where there are none
+def _past_both(attack, model, x, y):  # images of C&W-wb; of C&W where there are none
     _, x_adv, success = attack(model, x, y, epsilons=None)
     shared = ('binary_search_steps', 'steps', 'stepsize', 'average_case', 'seed')
     alone = CarliniWagnerL2(**{name: getattr(attack, name) for name in shared})
-    if not success.all(): x_adv[~success] = alone(model, x[~success], y[~success], epsilons=None)[1]
+    if not success.all():
+        x_adv[~success] = alone(model, x[~success], y[~success], epsilons=None)[1]
     return x_adv
 
+
 def white_box_images(
-    defence:Defence,    # network and detector
-    x:torch.Tensor,     # (N, C, H, W) images in [0, 1]
-    y:torch.Tensor,     # (N,) true classes
-    batch_size:int=512, # images at a time
-    **settings,         # of `CarliniWagnerWB`
-)->torch.Tensor:        # like `x`
+    defence: Defence,  # network and detector
+    x: torch.Tensor,  # (N, C, H, W) images in [0, 1]
+    y: torch.Tensor,  # (N,) true classes
+    batch_size: int = 512,  # images at a time
+    **settings,  # of `CarliniWagnerWB`
+) -> torch.Tensor:  # like `x`
     "What C&W-wb makes; where it cannot get past network and detector together, what C&W makes for the network alone."
-    attack = CarliniWagnerWB(defence.density, defence.eta, network=defence.model, **settings)
-    return torch.cat([_past_both(attack, defence.model, a, b) for a, b in zip(x.split(batch_size), y.split(batch_size))])
+    attack = CarliniWagnerWB(
+        defence.density, defence.eta, network=defence.model, **settings
+    )
+    return torch.cat(
+        [
+            _past_both(attack, defence.model, a, b)
+            for a, b in zip(x.split(batch_size), y.split(batch_size))
+        ]
+    )
 
 # %% ../nbs/07b_evaluation.ipynb #ed14c2df
 def _white_box_row(defence, x, x_adv, y, over, boot):
     before, after = defence.scores(x), defence.scores(x_adv)
     right, seen = _classes(before.predicted) == y.cpu(), defence.detected(after)
-    chosen, fooled = (chosen_pairs(before.predicted, after.predicted, y, o) for o in (over, 'fooled'))
-    moved, density, level = distortion(x_adv, x).cpu(), defence.density.title, boot['level']
-    return ({('pairs', 'value'): chosen.sum().item()} | _columns('ratio', share_interval(seen[chosen], level))
-        | _columns('distortion', mean_interval(moved[chosen], **boot)) | _columns('distortion, undetected', mean_interval(moved[chosen & ~seen], **boot))
-        | _columns('evaded', share_interval((fooled & ~seen)[right], level)) | _columns('normal rejected', share_interval(defence.detected(before)[right], level))
-        | _columns('AUC', auc_interval(*(s[density].to_numpy()[chosen.numpy()] for s in (before, after)), **boot)))
+    chosen, fooled = (
+        chosen_pairs(before.predicted, after.predicted, y, o) for o in (over, 'fooled')
+    )
+    moved, density, level = (
+        distortion(x_adv, x).cpu(),
+        defence.density.title,
+        boot['level'],
+    )
+    return (
+        {('pairs', 'value'): chosen.sum().item()}
+        | _columns('ratio', share_interval(seen[chosen], level))
+        | _columns('distortion', mean_interval(moved[chosen], **boot))
+        | _columns(
+            'distortion, undetected', mean_interval(moved[chosen & ~seen], **boot)
+        )
+        | _columns('evaded', share_interval((fooled & ~seen)[right], level))
+        | _columns(
+            'normal rejected', share_interval(defence.detected(before)[right], level)
+        )
+        | _columns(
+            'AUC',
+            auc_interval(
+                *(s[density].to_numpy()[chosen.numpy()] for s in (before, after)),
+                **boot,
+            ),
+        )
+    )
 
 # %% ../nbs/07b_evaluation.ipynb #64af90af
 def white_box(
-    defences:dict,     # title → `Defence`
-    x:torch.Tensor,    # (N, C, H, W) images in [0, 1]
-    y:torch.Tensor,    # (N,) true classes
+    defences: dict,  # title → `Defence`
+    x: torch.Tensor,  # (N, C, H, W) images in [0, 1]
+    y: torch.Tensor,  # (N,) true classes
     *,
-    over:str='fooled', # which pairs: a key of `OVER`
-    images:dict=None,  # title → from `white_box_images`; None: made here
-    n_boot:int=1000,   # resamples
-    level:float=0.95,  # of the intervals
-    **settings,        # of `CarliniWagnerWB`
-)->pd.DataFrame:       # a row an objective: `pairs`, `ratio`, `distortion`, and what belongs beside them
+    over: str = 'fooled',  # which pairs: a key of `OVER`
+    images: dict = None,  # title → from `white_box_images`; None: made here
+    n_boot: int = 1000,  # resamples
+    level: float = 0.95,  # of the intervals
+    **settings,  # of `CarliniWagnerWB`
+) -> (
+    pd.DataFrame
+):  # a row an objective: `pairs`, `ratio`, `distortion`, and what belongs beside them
     "RCE Table 3."
     _checked(defences, x, y)
-    images = {title: white_box_images(d, x, y, **settings) for title, d in defences.items()} if images is None else images
+    images = (
+        {title: white_box_images(d, x, y, **settings) for title, d in defences.items()}
+        if images is None
+        else images
+    )
     boot = dict(n_boot=n_boot, level=level)
-    rows = {title: _white_box_row(defences[title], x, x_adv, y, over, boot) for title, x_adv in images.items()}
+    rows = {
+        title: _white_box_row(defences[title], x, x_adv, y, over, boot)
+        for title, x_adv in images.items()
+    }
     return _finished(rows, ['objective'], 'white_box', over, len(x))
 
 # %% ../nbs/07b_evaluation.ipynb #ec1925ed
 def _black_box_cells(substitute, target, x, x_adv, y, over, boot):
-    before, after, own = target.scores(x), target.scores(x_adv), substitute.scores(x_adv)
-    chosen, fooled = (chosen_pairs(before.predicted, after.predicted, y, o) for o in (over, 'fooled'))
-    tried = (_classes(before.predicted) == y.cpu()) & (_classes(own.predicted) != y.cpu())
+    before, after, own = (
+        target.scores(x),
+        target.scores(x_adv),
+        substitute.scores(x_adv),
+    )
+    chosen, fooled = (
+        chosen_pairs(before.predicted, after.predicted, y, o) for o in (over, 'fooled')
+    )
+    tried = (_classes(before.predicted) == y.cpu()) & (
+        _classes(own.predicted) != y.cpu()
+    )
     title, level = target.density.title, boot['level']
-    return ({('pairs', 'value'): chosen.sum().item()} | _columns('AUC', auc_interval(*(s[title].to_numpy()[chosen.numpy()] for s in (before, after)), **boot))
-        | _columns('transfer', share_interval(fooled[tried], level)) | _columns('evaded', share_interval((fooled & ~target.detected(after))[tried], level)))
+    return (
+        {('pairs', 'value'): chosen.sum().item()}
+        | _columns(
+            'AUC',
+            auc_interval(
+                *(s[title].to_numpy()[chosen.numpy()] for s in (before, after)), **boot
+            ),
+        )
+        | _columns('transfer', share_interval(fooled[tried], level))
+        | _columns(
+            'evaded', share_interval((fooled & ~target.detected(after))[tried], level)
+        )
+    )
 
 # %% ../nbs/07b_evaluation.ipynb #df1b1852
 def black_box(
-    substitutes:dict,  # title → `Defence`: what the adversary has
-    targets:dict,      # title → `Defence`: what it is after
-    x:torch.Tensor,    # (N, C, H, W) images in [0, 1]
-    y:torch.Tensor,    # (N,) true classes
+    substitutes: dict,  # title → `Defence`: what the adversary has
+    targets: dict,  # title → `Defence`: what it is after
+    x: torch.Tensor,  # (N, C, H, W) images in [0, 1]
+    y: torch.Tensor,  # (N,) true classes
     *,
-    over:str='fooled', # which pairs, of the target: a key of `OVER`
-    images:dict=None,  # substitute's title → from `white_box_images`; None: made here
-    n_boot:int=1000,   # resamples
-    level:float=0.95,  # of the intervals
-    **settings,        # of `CarliniWagnerWB`
-)->pd.DataFrame:       # a row a target, columns (measure, substitute, end): `AUC`, `transfer`, `evaded`, `pairs`
+    over: str = 'fooled',  # which pairs, of the target: a key of `OVER`
+    images: dict = None,  # substitute's title → from `white_box_images`; None: made here
+    n_boot: int = 1000,  # resamples
+    level: float = 0.95,  # of the intervals
+    **settings,  # of `CarliniWagnerWB`
+) -> pd.DataFrame:  # a row a target, columns (measure, substitute, end): `AUC`, `transfer`, `evaded`, `pairs`
     "RCE Table 4."
-    _checked(substitutes, x, y); _checked(targets, x, y)
-    images = {title: white_box_images(d, x, y, **settings) for title, d in substitutes.items()} if images is None else images
+    _checked(substitutes, x, y)
+    _checked(targets, x, y)
+    images = (
+        {
+            title: white_box_images(d, x, y, **settings)
+            for title, d in substitutes.items()
+        }
+        if images is None
+        else images
+    )
     boot, rows = dict(n_boot=n_boot, level=level), {}
     for title, target in targets.items():
-        cells = {own: _black_box_cells(substitutes[own], target, x, x_adv, y, over, boot) for own, x_adv in images.items()}
-        rows[title] = {(measure, own, end): v for own, row in cells.items() for (measure, end), v in row.items()}
+        cells = {
+            own: _black_box_cells(substitutes[own], target, x, x_adv, y, over, boot)
+            for own, x_adv in images.items()
+        }
+        rows[title] = {
+            (measure, own, end): v
+            for own, row in cells.items()
+            for (measure, end), v in row.items()
+        }
     table = _finished(rows, ['target'], 'black_box', over, len(x))
-    return table[[(m, own, end) for m in ('AUC', 'transfer', 'evaded', 'pairs') for own in images for end in Interval._fields if (m, own, end) in table]]
+    return table[
+        [
+            (m, own, end)
+            for m in ('AUC', 'transfer', 'evaded', 'pairs')
+            for own in images
+            for end in Interval._fields
+            if (m, own, end) in table
+        ]
+    ]

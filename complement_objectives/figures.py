@@ -17,74 +17,116 @@ from .detection import auroc, roc
 
 # %% ../nbs/08_figures.ipynb #0a383773
 def plot_accuracy(
-    table:pd.DataFrame, # columns objective, seed, eps, accuracy in [0, 1]; rows of one attack
-    title:str='',       # usually the attack
-    ax=None,            # matplotlib axes, or None for new ones
-):                      # the axes
+    table: pd.DataFrame,  # columns objective, seed, eps, accuracy in [0, 1]; rows of one attack
+    title: str = '',  # usually the attack
+    ax=None,  # matplotlib axes, or None for new ones
+):  # the axes
     "Accuracy in percent against ε, mean over seeds for each objective, with the standard deviation where there are several (as RCE Fig 3)."
-    if ax is None: ax = plt.subplots(figsize=(4, 3))[1]
+    if ax is None:
+        ax = plt.subplots(figsize=(4, 3))[1]
     for name, rows in table.groupby('objective', sort=False):
         by_eps = rows.groupby('eps')['accuracy']
-        mean, spread = (100*by_eps.agg(statistic, skipna=False) for statistic in ('mean', 'std'))
-        line, = ax.plot(mean.index, mean, marker='o', ms=3, label=name)
-        if rows['seed'].nunique() > 1: ax.fill_between(mean.index, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, lw=0)
+        mean, spread = (
+            100 * by_eps.agg(statistic, skipna=False) for statistic in ('mean', 'std')
+        )
+        (line,) = ax.plot(mean.index, mean, marker='o', ms=3, label=name)
+        if rows['seed'].nunique() > 1:
+            ax.fill_between(
+                mean.index,
+                mean - spread,
+                mean + spread,
+                color=line.get_color(),
+                alpha=0.2,
+                lw=0,
+            )
     ax.set(title=title, xlabel='ε', ylabel='accuracy (%)', ylim=(-3, 103))
     ax.legend()
     return ax
 
 # %% ../nbs/08_figures.ipynb #f8d9e84c
 def plot_histograms(
-    normal,      # scores of normal images
-    adversarial, # scores of adversarial images
-    title:str='',# what was scored
-    bins:int=30, # how many bins over the range of both
-    ax=None,     # matplotlib axes, or None for new ones
-):               # the axes
+    normal,  # scores of normal images
+    adversarial,  # scores of adversarial images
+    title: str = '',  # what was scored
+    bins: int = 30,  # how many bins over the range of both
+    ax=None,  # matplotlib axes, or None for new ones
+):  # the axes
     "Histograms of one detection score for normal and adversarial images, with their AUC."
-    if ax is None: ax = plt.subplots(figsize=(4, 2.5))[1]
+    if ax is None:
+        ax = plt.subplots(figsize=(4, 2.5))[1]
     auc, both = auroc(normal, adversarial), np.r_[normal, adversarial]
     edges = np.histogram_bin_edges(both[np.isfinite(both)], bins)
     for values, label in ((normal, 'normal'), (adversarial, 'adversarial')):
         finite, n = np.isfinite(values), len(values)
-        ax.hist(np.asarray(values)[finite], edges, alpha=0.6, label=label if finite.all() else f'{label}, {n - finite.sum()} of {n} infinite')
-    ax.set(title=f'{title}, AUC ' + ('–' if np.isnan(auc) else f'{auc:.3f}'), xlabel='score (higher is more normal)', ylabel='images')
+        ax.hist(
+            np.asarray(values)[finite],
+            edges,
+            alpha=0.6,
+            label=label
+            if finite.all()
+            else f'{label}, {n - finite.sum()} of {n} infinite',
+        )
+    ax.set(
+        title=f'{title}, AUC ' + ('–' if np.isnan(auc) else f'{auc:.3f}'),
+        xlabel='score (higher is more normal)',
+        ylabel='images',
+    )
     ax.legend()
     return ax
 
 # %% ../nbs/08_figures.ipynb #4b131934
 def plot_roc(
-    pairs:dict,   # name → (scores of normal images, scores of adversarial images)
-    title:str='', # what was scored
-    ax=None,      # matplotlib axes, or None for new ones
-):                # the axes
+    pairs: dict,  # name → (scores of normal images, scores of adversarial images)
+    title: str = '',  # what was scored
+    ax=None,  # matplotlib axes, or None for new ones
+):  # the axes
     "One ROC curve a name; names without both kinds of images are left out."
-    if ax is None: ax = plt.subplots(figsize=(3.2, 3.2))[1]
+    if ax is None:
+        ax = plt.subplots(figsize=(3.2, 3.2))[1]
     for name, (normal, adversarial) in pairs.items():
-        if len(normal) and len(adversarial): ax.plot(*roc(normal, adversarial), label=f'{name} ({auroc(normal, adversarial):.3f})')
-        else: ax.plot([], [], label=f'{name} (–)')
+        if len(normal) and len(adversarial):
+            ax.plot(
+                *roc(normal, adversarial),
+                label=f'{name} ({auroc(normal, adversarial):.3f})',
+            )
+        else:
+            ax.plot([], [], label=f'{name} (–)')
     ax.plot([0, 1], [0, 1], color='grey', lw=0.8, ls=':')
-    ax.set(title=title, xlabel='adversarial let in', ylabel='normal let in', aspect='equal')
+    ax.set(
+        title=title, xlabel='adversarial let in', ylabel='normal let in', aspect='equal'
+    )
     ax.legend(loc='lower right', title='AUC')
     return ax
 
 # %% ../nbs/08_figures.ipynb #e49cb464
-def _flattened(z, seed): # (N, 2); one point for vectors that are all equal, on which t-SNE's C code may crash
-    if not np.ptp(z, 0).any(): return np.zeros((len(z), 2))
+def _flattened(
+    z, seed
+):  # (N, 2); one point for vectors that are all equal, on which t-SNE's C code may crash
+    if not np.ptp(z, 0).any():
+        return np.zeros((len(z), 2))
     init = 'pca' if z.shape[1] > 1 else 'random'
-    return TSNE(init=init, perplexity=min(30, (len(z) - 1)/3), random_state=seed).fit_transform(z/max(1, np.abs(z).max()/1e6))
+    return TSNE(
+        init=init, perplexity=min(30, (len(z) - 1) / 3), random_state=seed
+    ).fit_transform(z / max(1, np.abs(z).max() / 1e6))
+
 
 def plot_hidden(
-    z:torch.Tensor,      # (N, D) hidden vectors, N at least 3
-    labels:torch.Tensor, # (N,) true classes
-    title:str='',        # usually the objective
-    seed:int=0,          # of t-SNE
-    ax=None,             # matplotlib axes, or None for new ones
-):                       # the axes
+    z: torch.Tensor,  # (N, D) hidden vectors, N at least 3
+    labels: torch.Tensor,  # (N,) true classes
+    title: str = '',  # usually the objective
+    seed: int = 0,  # of t-SNE
+    ax=None,  # matplotlib axes, or None for new ones
+):  # the axes
     "t-SNE of hidden vectors, one colour a class."
-    if len(z) < 3: raise InputError(f't-SNE needs at least 3 vectors, got {len(z)}')
-    if ax is None: ax = plt.subplots(figsize=(3, 3))[1]
+    if len(z) < 3:
+        raise InputError(f't-SNE needs at least 3 vectors, got {len(z)}')
+    if ax is None:
+        ax = plt.subplots(figsize=(3, 3))[1]
     z = np.asarray(z, dtype=np.float32)
-    if not np.isfinite(z).all(): raise InputError(f'{len(z) - np.isfinite(z).all(1).sum()} of {len(z)} hidden vectors hold NaN or infinity')
+    if not np.isfinite(z).all():
+        raise InputError(
+            f'{len(z) - np.isfinite(z).all(1).sum()} of {len(z)} hidden vectors hold NaN or infinity'
+        )
     flat = _flattened(z, seed)
     ax.scatter(*flat.T, c=np.asarray(labels).reshape(-1), s=4, cmap='tab10')
     ax.set(title=title, xticks=[], yticks=[])

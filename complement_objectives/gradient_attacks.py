@@ -21,154 +21,241 @@ from .losses import complement_entropy_loss
 from .perturbation import faces, input_gradient, start_noise
 
 # %% ../nbs/06a_gradient_attacks.ipynb #a0003d4e
-def _wide(z): return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+def _wide(z):
+    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+
 
 def cross_entropy(
-    logits:torch.Tensor, # (N, K)
-    y:torch.Tensor,      # (N,) class indices
-)->torch.Tensor:         # (N,) in nats, at least 0
+    logits: torch.Tensor,  # (N, K)
+    y: torch.Tensor,  # (N,) class indices
+) -> torch.Tensor:  # (N,) in nats, at least 0
     "`log(sum(exp(z))) - z_y` of every image."
     return F.cross_entropy(_wide(logits), y, reduction='none')
 
 # %% ../nbs/06a_gradient_attacks.ipynb #b0770378
 def margin(
-    logits:torch.Tensor, # (N, K)
-    y:torch.Tensor,      # (N,) class indices
-)->torch.Tensor:         # (N,) positive where the class is not the predicted one
+    logits: torch.Tensor,  # (N, K)
+    y: torch.Tensor,  # (N,) class indices
+) -> torch.Tensor:  # (N,) positive where the class is not the predicted one
     "`max(z_j, j ≠ y) - z_y` of every image: f of GCE Eq 10 (C&W) without the cut at -κ."
     z = _wide(logits)
-    return z.scatter(1, y[:,None], -float('inf')).max(1).values - z.gather(1, y[:,None])[:,0]
+    return (
+        z.scatter(1, y[:, None], -float('inf')).max(1).values
+        - z.gather(1, y[:, None])[:, 0]
+    )
 
 # %% ../nbs/06a_gradient_attacks.ipynb #d267ba8f
 def dlr(
-    logits:torch.Tensor, # (N, K), K ≥ 3
-    y:torch.Tensor,      # (N,) class indices
-)->torch.Tensor:         # (N,) at least -1, positive where the class is not the predicted one
+    logits: torch.Tensor,  # (N, K), K ≥ 3
+    y: torch.Tensor,  # (N,) class indices
+) -> (
+    torch.Tensor
+):  # (N,) at least -1, positive where the class is not the predicted one
     "Difference of logits ratio: `margin` over the gap between the largest and the third largest logit (Croce & Hein 2020)."
-    if logits.shape[1] < 3: raise InputError(f"'dlr' compares three logits, the model has {logits.shape[1]}: use 'margin'")
+    if logits.shape[1] < 3:
+        raise InputError(
+            f"'dlr' compares three logits, the model has {logits.shape[1]}: use 'margin'"
+        )
     top = _wide(logits).topk(3, dim=1).values
-    return margin(logits, y)/(top[:,0] - top[:,2]).clamp_min(1e-12)
+    return margin(logits, y) / (top[:, 0] - top[:, 2]).clamp_min(1e-12)
 
 # %% ../nbs/06a_gradient_attacks.ipynb #2e718247
 def cot_sum(
-    logits:torch.Tensor, # (N, K)
-    y:torch.Tensor,      # (N,) class indices
-)->torch.Tensor:         # (N,) cross-entropy minus normalised complement entropy
+    logits: torch.Tensor,  # (N, K)
+    y: torch.Tensor,  # (N,) class indices
+) -> torch.Tensor:  # (N,) cross-entropy minus normalised complement entropy
     "The two losses of COT's Algorithm 1 added, so that its gradient is the sum of the primary and the complement gradient (COT §3.4)."
-    return cross_entropy(logits, y) + complement_entropy_loss(logits, y, reduction='none')
+    return cross_entropy(logits, y) + complement_entropy_loss(
+        logits, y, reduction='none'
+    )
 
 # %% ../nbs/06a_gradient_attacks.ipynb #716a5dbb
-LOSSES = {'cross-entropy': cross_entropy, 'margin': margin, 'dlr': dlr, 'cot-sum': cot_sum}
+LOSSES = {
+    'cross-entropy': cross_entropy,
+    'margin': margin,
+    'dlr': dlr,
+    'cot-sum': cot_sum,
+}
 
 # %% ../nbs/06a_gradient_attacks.ipynb #7c90a479
-def _unreduced(loss): # the same loss, one value an image where it knows how
+def _unreduced(loss):  # the same loss, one value an image where it knows how
     if hasattr(loss, 'reduction'):
         loss = copy.deepcopy(loss)
         loss.reduction = 'none'
-    elif inspect.isroutine(loss) and 'reduction' in inspect.signature(loss).parameters: loss = partial(loss, reduction='none')
+    elif inspect.isroutine(loss) and 'reduction' in inspect.signature(loss).parameters:
+        loss = partial(loss, reduction='none')
     return loss
 
-def _by_image(loss, logits, y): # (N,) whatever the loss returns
+
+def _by_image(loss, logits, y):  # (N,) whatever the loss returns
     value = loss(logits, y)
-    if value.ndim == 0: return value.expand(len(logits))
+    if value.ndim == 0:
+        return value.expand(len(logits))
     return value.flatten(1).sum(1) if value.ndim > 1 else value
 
 # %% ../nbs/06a_gradient_attacks.ipynb #1b8e2e7f
 def as_loss(
-    loss, # a key of `LOSSES`, a function of logits and classes, or a torch or fastai loss
-):        # a function of logits (N, K) and classes (N,) to (N,)
+    loss,  # a key of `LOSSES`, a function of logits and classes, or a torch or fastai loss
+):  # a function of logits (N, K) and classes (N,) to (N,)
     "The loss an attack works on, image by image; the one given is not changed."
-    if isinstance(loss, str): return choose(loss, LOSSES, 'loss')
-    if not callable(loss): raise InputError(f'the loss is {loss!r}: give one of {", ".join(LOSSES)}, or a function of logits and classes')
+    if isinstance(loss, str):
+        return choose(loss, LOSSES, 'loss')
+    if not callable(loss):
+        raise InputError(
+            f'the loss is {loss!r}: give one of {", ".join(LOSSES)}, or a function of logits and classes'
+        )
     return partial(_by_image, _unreduced(loss))
 
 # %% ../nbs/06a_gradient_attacks.ipynb #a428ea6a
-def _sliced(f, x, classes): # f on even slices of at most 2¹⁸ pixels on a CPU, put together
-    n = 1 if x.is_cuda else max(1, -(-x.numel()//2**18))
-    if n == 1: return f(x, classes)
-    return torch.cat([f(a, b) for a, b in zip(x.tensor_split(n), classes.tensor_split(n)) if len(a)])
+def _sliced(
+    f, x, classes
+):  # f on even slices of at most 2¹⁸ pixels on a CPU, put together
+    n = 1 if x.is_cuda else max(1, -(-x.numel() // 2**18))
+    if n == 1:
+        return f(x, classes)
+    return torch.cat(
+        [f(a, b) for a, b in zip(x.tensor_split(n), classes.tensor_split(n)) if len(a)]
+    )
+
 
 def check_finite(
-    total:torch.Tensor, # (N,) sums of gradients
+    total: torch.Tensor,  # (N,) sums of gradients
 ):
     "`InputError` where a gradient held a NaN: its sign would be 0, and a network with NaN in it would look robust."
     bad = total.isnan().sum().item()
-    if bad: raise InputError(f'the gradient is NaN for {bad} of {len(total)} images: check that the logits of the model are finite')
+    if bad:
+        raise InputError(
+            f'the gradient is NaN for {bad} of {len(total)} images: check that the logits of the model are finite'
+        )
+
 
 def check_gradients(
-    model,              # what `run` was given
-    total:torch.Tensor, # (N,) sums of the gradients of each image
-    x_adv:torch.Tensor, # (N, …) where they led
-    classes,            # (N,) classes in question
-    sign:int,           # +1 to leave them, -1 to reach them
-    loss,               # from logits and classes to (N,)
+    model,  # what `run` was given
+    total: torch.Tensor,  # (N,) sums of the gradients of each image
+    x_adv: torch.Tensor,  # (N, …) where they led
+    classes,  # (N,) classes in question
+    sign: int,  # +1 to leave them, -1 to reach them
+    loss,  # from logits and classes to (N,)
 ):
     "`check_finite`, and a note where an image stands only because its gradients were all zero. One look at the device."
     zero = total == 0
     broken, still = torch.stack([total.isnan().sum(), zero.sum()]).tolist()
-    if broken: check_finite(total)
-    if still >= 0.1*len(total): still = _standing(model, x_adv[zero], classes[zero], sign, loss)
+    if broken:
+        check_finite(total)
+    if still >= 0.1 * len(total):
+        still = _standing(model, x_adv[zero], classes[zero], sign, loss)
     note_still(model, still, len(total))
 
-def _standing(model, x, classes, sign, loss): # how many have a gradient that is zero in every pixel, and are not fooled
+
+def _standing(
+    model, x, classes, sign, loss
+):  # how many have a gradient that is zero in every pixel, and are not fooled
     answers = []
-    def listen(logits, y): answers.append(logits.detach()); return loss(logits, y)
+
+    def listen(logits, y):
+        answers.append(logits.detach())
+        return loss(logits, y)
+
     gradient, _ = input_gradient(model, x, classes, listen)
     right = answers[0].argmax(1) == classes
     return (~gradient.flatten(1).any(1) & (right if sign > 0 else ~right)).sum().item()
 
 # %% ../nbs/06a_gradient_attacks.ipynb #538ea13a
 STEP_RULES = {
-    'crossing': lambda steps: 2.5/steps,   # gets from any point of the ball to any other
-    'even': lambda steps: 1/steps,         # GCE Eq 5 and 7, RCE code: from the centre to the edge
-    'full': lambda steps: 1.,              # RCE §2.3 as printed
-    'gce-script': lambda steps: 1/30}      # GCE's script for PGD: 0.01 at eps 0.3
+    'crossing': lambda steps: (
+        2.5 / steps
+    ),  # gets from any point of the ball to any other
+    'even': lambda steps: (
+        1 / steps
+    ),  # GCE Eq 5 and 7, RCE code: from the centre to the edge
+    'full': lambda steps: 1.0,  # RCE §2.3 as printed
+    'gce-script': lambda steps: 1 / 30,
+}  # GCE's script for PGD: 0.01 at eps 0.3
 
 # %% ../nbs/06a_gradient_attacks.ipynb #916f3e0a
-check_seed = partial(check_count, least=-2**63) # any whole number
+check_seed = partial(check_count, least=-(2**63))  # any whole number
 
-def _rule(name, what): # of the step, or None
-    if name is not None: choose(name, STEP_RULES, 'step rule')
+
+def _rule(name, what):  # of the step, or None
+    if name is not None:
+        choose(name, STEP_RULES, 'step rule')
     return name
+
 
 class GradientAttack(PlainCall, FixedEpsilonAttack):
     "Steps along the sign of the gradient of a loss, within the L∞ ball."
-    distance, exact, usual = fb.distances.linf, True, 'even'
-    valid = dict(steps=check_count, abs_stepsize=partial(check_positive, none=True), step_rule=_rule, seed=check_seed)
 
-    def __init__(self, *,
-        steps:int,               # number of gradients, at least 1
-        rel_stepsize:float=None, # step as a share of eps, in place of a rule
-        abs_stepsize:float=None, # step in pixel units of the model, in place of a rule
-        random_start:bool=False, # start at a random point of the ball?
-        loss='cross-entropy',    # see `as_loss`
-        seed:int=0,              # of the random start
-        step_rule:str=None,      # a key of `STEP_RULES`; None: 'even', from a random start 'crossing'
+    distance, exact, usual = fb.distances.linf, True, 'even'
+    valid = dict(
+        steps=check_count,
+        abs_stepsize=partial(check_positive, none=True),
+        step_rule=_rule,
+        seed=check_seed,
+    )
+
+    def __init__(
+        self,
+        *,
+        steps: int,  # number of gradients, at least 1
+        rel_stepsize: float = None,  # step as a share of eps, in place of a rule
+        abs_stepsize: float = None,  # step in pixel units of the model, in place of a rule
+        random_start: bool = False,  # start at a random point of the ball?
+        loss='cross-entropy',  # see `as_loss`
+        seed: int = 0,  # of the random start
+        step_rule: str = None,  # a key of `STEP_RULES`; None: 'even', from a random start 'crossing'
     ):
         self.steps, own = steps, rel_stepsize is not None or abs_stepsize is not None
         self._rel_stepsize = check_positive(rel_stepsize, 'rel_stepsize', none=True)
         self.abs_stepsize = abs_stepsize
-        if own and step_rule is not None: raise InputError(f"step_rule is '{step_rule}' and a step size is given: give one of them")
-        self.step_rule = None if own else step_rule or ('crossing' if random_start else self.usual)
+        if own and step_rule is not None:
+            raise InputError(
+                f"step_rule is '{step_rule}' and a step size is given: give one of them"
+            )
+        self.step_rule = (
+            None if own else step_rule or ('crossing' if random_start else self.usual)
+        )
         self.random_start, self.loss, self.seed = random_start, loss, seed
 
     @property
-    def rel_stepsize(self): # the step as a share of eps
-        return STEP_RULES[self.step_rule](self.steps) if self._rel_stepsize is None and self.step_rule else self._rel_stepsize
+    def rel_stepsize(self):  # the step as a share of eps
+        return (
+            STEP_RULES[self.step_rule](self.steps)
+            if self._rel_stepsize is None and self.step_rule
+            else self._rel_stepsize
+        )
 
     @rel_stepsize.setter
-    def rel_stepsize(self, share): self._rel_stepsize, self.step_rule = check_positive(share, 'rel_stepsize'), None
+    def rel_stepsize(self, share):
+        self._rel_stepsize, self.step_rule = check_positive(share, 'rel_stepsize'), None
 
-    def stepper(self, x): # from gradient to direction; may keep a state and overwrite the gradient
+    def stepper(
+        self, x
+    ):  # from gradient to direction; may keep a state and overwrite the gradient
         return torch.Tensor.sign_
 
-    def stepsize(self, model, epsilon): # in the units of the images that `ascend` works on
-        return self.rel_stepsize*epsilon if self.abs_stepsize is None else self.abs_stepsize/getattr(model, 'scale', 1)
+    def stepsize(
+        self, model, epsilon
+    ):  # in the units of the images that `ascend` works on
+        return (
+            self.rel_stepsize * epsilon
+            if self.abs_stepsize is None
+            else self.abs_stepsize / getattr(model, 'scale', 1)
+        )
 
-    def ascend(self, model, x, classes, sign, epsilon): # the loop, on torch tensors
-        loss, stepper, (low, high) = as_loss(self.loss), self.stepper(x), faces(x, epsilon, model.bounds)
-        size = sign*self.stepsize(model, epsilon)
-        x_adv = torch.clamp(x + epsilon*start_noise(x, self.seed, model.bounds), low, high) if self.random_start else x.clone()
+    def ascend(self, model, x, classes, sign, epsilon):  # the loop, on torch tensors
+        loss, stepper, (low, high) = (
+            as_loss(self.loss),
+            self.stepper(x),
+            faces(x, epsilon, model.bounds),
+        )
+        size = sign * self.stepsize(model, epsilon)
+        x_adv = (
+            torch.clamp(
+                x + epsilon * start_noise(x, self.seed, model.bounds), low, high
+            )
+            if self.random_start
+            else x.clone()
+        )
         total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
         for _ in range(self.steps):
             gradient = input_gradient(model, x_adv, classes, loss)[0]
@@ -177,92 +264,151 @@ class GradientAttack(PlainCall, FixedEpsilonAttack):
         check_gradients(model, total, x_adv, classes, sign, loss)
         return x_adv
 
-    def run(self, model, inputs, criterion, *, epsilon): # foolbox's interface
+    def run(self, model, inputs, criterion, *, epsilon):  # foolbox's interface
         x, restore = ep.astensor_(inputs)
         classes, sign = goal(criterion)
-        return restore(ep.astensor(_sliced(lambda x, y: self.ascend(model, x, y, sign, epsilon), x.raw, classes)))
+        return restore(
+            ep.astensor(
+                _sliced(
+                    lambda x, y: self.ascend(model, x, y, sign, epsilon), x.raw, classes
+                )
+            )
+        )
 
 # %% ../nbs/06a_gradient_attacks.ipynb #f7c2b0ef
 class FGSM(GradientAttack):
     "Fast gradient sign method, one step of eps: GCE Eq 4, RCE §2.3. From a random start the step is 2.5 eps, to the far corner."
-    def __init__(self, *,
-        random_start:bool=False, # start at a random point of the ball?
-        loss='cross-entropy',    # see `as_loss`
-        seed:int=0,              # of the random start
+
+    def __init__(
+        self,
+        *,
+        random_start: bool = False,  # start at a random point of the ball?
+        loss='cross-entropy',  # see `as_loss`
+        seed: int = 0,  # of the random start
     ):
         super().__init__(steps=1, random_start=random_start, loss=loss, seed=seed)
 
 # %% ../nbs/06a_gradient_attacks.ipynb #4207cbe9
 class BIM(GradientAttack):
     "Basic iterative method, r steps of eps/r: GCE Eq 5."
-    def __init__(self, *,
-        steps:int=10,            # r
-        rel_stepsize:float=None, # step as a share of eps
-        abs_stepsize:float=None, # step in pixel units of the model
-        random_start:bool=False, # start at a random point of the ball?
-        loss='cross-entropy',    # see `as_loss`
-        seed:int=0,              # of the random start
-        step_rule:str=None,      # a key of `STEP_RULES`; None: 'even', from a random start 'crossing'
+
+    def __init__(
+        self,
+        *,
+        steps: int = 10,  # r
+        rel_stepsize: float = None,  # step as a share of eps
+        abs_stepsize: float = None,  # step in pixel units of the model
+        random_start: bool = False,  # start at a random point of the ball?
+        loss='cross-entropy',  # see `as_loss`
+        seed: int = 0,  # of the random start
+        step_rule: str = None,  # a key of `STEP_RULES`; None: 'even', from a random start 'crossing'
     ):
-        super().__init__(steps=steps, rel_stepsize=rel_stepsize, abs_stepsize=abs_stepsize, random_start=random_start,
-                         loss=loss, seed=seed, step_rule=step_rule)
+        super().__init__(
+            steps=steps,
+            rel_stepsize=rel_stepsize,
+            abs_stepsize=abs_stepsize,
+            random_start=random_start,
+            loss=loss,
+            seed=seed,
+            step_rule=step_rule,
+        )
 
 # %% ../nbs/06a_gradient_attacks.ipynb #5c49dc5e
 class PGD(GradientAttack):
     "Projected gradient descent from a random start: GCE §4."
+
     usual = 'crossing'
 
-    def __init__(self, *,
-        steps:int=40,            # number of gradients
-        rel_stepsize:float=None, # step as a share of eps
-        abs_stepsize:float=None, # step in pixel units of the model
-        random_start:bool=True, # start at a random point of the ball?
-        loss='cross-entropy',    # see `as_loss`
-        seed:int=0,              # of the random start
-        step_rule:str=None,      # a key of `STEP_RULES`; None: 'crossing'
+    def __init__(
+        self,
+        *,
+        steps: int = 40,  # number of gradients
+        rel_stepsize: float = None,  # step as a share of eps
+        abs_stepsize: float = None,  # step in pixel units of the model
+        random_start: bool = True,  # start at a random point of the ball?
+        loss='cross-entropy',  # see `as_loss`
+        seed: int = 0,  # of the random start
+        step_rule: str = None,  # a key of `STEP_RULES`; None: 'crossing'
     ):
-        super().__init__(steps=steps, rel_stepsize=rel_stepsize, abs_stepsize=abs_stepsize, random_start=random_start,
-                         loss=loss, seed=seed, step_rule=step_rule)
+        super().__init__(
+            steps=steps,
+            rel_stepsize=rel_stepsize,
+            abs_stepsize=abs_stepsize,
+            random_start=random_start,
+            loss=loss,
+            seed=seed,
+            step_rule=step_rule,
+        )
 
 # %% ../nbs/06a_gradient_attacks.ipynb #124365ef
 class MIM(BIM):
     "Momentum iterative method: GCE Eq 6 and 7."
+
     valid = dict(mu=partial(check_positive, zero=True))
 
-    def __init__(self, *,
-        mu:float=1.,             # decay of the accumulated gradient; GCE gives none, Dong et al. (2018) use 1
-        steps:int=40,            # r
-        rel_stepsize:float=None, # step as a share of eps
-        abs_stepsize:float=None, # step in pixel units of the model
-        random_start:bool=False, # start at a random point of the ball?
-        loss='cross-entropy',    # see `as_loss`
-        seed:int=0,              # of the random start
-        step_rule:str=None,      # a key of `STEP_RULES`; None: 'even', from a random start 'crossing'
+    def __init__(
+        self,
+        *,
+        mu: float = 1.0,  # decay of the accumulated gradient; GCE gives none, Dong et al. (2018) use 1
+        steps: int = 40,  # r
+        rel_stepsize: float = None,  # step as a share of eps
+        abs_stepsize: float = None,  # step in pixel units of the model
+        random_start: bool = False,  # start at a random point of the ball?
+        loss='cross-entropy',  # see `as_loss`
+        seed: int = 0,  # of the random start
+        step_rule: str = None,  # a key of `STEP_RULES`; None: 'even', from a random start 'crossing'
     ):
-        super().__init__(steps=steps, rel_stepsize=rel_stepsize, abs_stepsize=abs_stepsize, random_start=random_start,
-                         loss=loss, seed=seed, step_rule=step_rule)
+        super().__init__(
+            steps=steps,
+            rel_stepsize=rel_stepsize,
+            abs_stepsize=abs_stepsize,
+            random_start=random_start,
+            loss=loss,
+            seed=seed,
+            step_rule=step_rule,
+        )
         self.mu = mu
 
-    def stepper(self, x): # Eq 6, and the sign of Eq 7
+    def stepper(self, x):  # Eq 6, and the sign of Eq 7
         velocity, tiny = torch.zeros_like(x), torch.finfo(x.dtype).tiny
+
         def step(gradient):
             size = gradient.abs().flatten(1).sum(1).clamp_min_(tiny)
-            return velocity.mul_(self.mu).add_(gradient.div_(size.view(-1, *[1]*(x.ndim - 1)))).sign()
+            return (
+                velocity.mul_(self.mu)
+                .add_(gradient.div_(size.view(-1, *[1] * (x.ndim - 1))))
+                .sign()
+            )
+
         return step
 
 # %% ../nbs/06a_gradient_attacks.ipynb #ec6e36df
 def least_likely(
-    model,          # a network or foolbox model
-    x:torch.Tensor, # (N, …) images
-)->torch.Tensor:    # (N,) class indices
+    model,  # a network or foolbox model
+    x: torch.Tensor,  # (N, …) images
+) -> torch.Tensor:  # (N,) class indices
     "`argmin F(x)` of every image: the target of RCE §2.3."
-    with torch.no_grad(): return model(x).argmin(1)
+    with torch.no_grad():
+        return model(x).argmin(1)
+
 
 class ILCM(BIM):
     "Iterative least-likely class method: BIM towards the class that the model thinks least likely (RCE §2.3)."
-    def run(self, model, inputs, criterion, *, epsilon): # foolbox's interface; success is up to the criterion
+
+    def run(
+        self, model, inputs, criterion, *, epsilon
+    ):  # foolbox's interface; success is up to the criterion
         x, restore = ep.astensor_(inputs)
         classes, sign = goal(criterion)
         target = least_likely(model, x.raw)
-        if sign < 0 and (classes != target).any(): raise InputError('ILCM targets the least likely class: use BIM for targets of your own')
-        return restore(ep.astensor(_sliced(lambda x, y: self.ascend(model, x, y, -1, epsilon), x.raw, target)))
+        if sign < 0 and (classes != target).any():
+            raise InputError(
+                'ILCM targets the least likely class: use BIM for targets of your own'
+            )
+        return restore(
+            ep.astensor(
+                _sliced(
+                    lambda x, y: self.ascend(model, x, y, -1, epsilon), x.raw, target
+                )
+            )
+        )

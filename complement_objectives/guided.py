@@ -18,9 +18,19 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .core import InputError, check_positive, choose
-from .learners import Attached, class_axis, conceals, flattened, ignored_index
-from .losses import (GuidedComplementEntropyLoss, ReverseCrossEntropyLoss, SmoothedCrossEntropyLoss,
-                                          complement_entropy)
+from complement_objectives.learners import (
+    Attached,
+    class_axis,
+    conceals,
+    flattened,
+    ignored_index,
+)
+from complement_objectives.losses import (
+    GuidedComplementEntropyLoss,
+    ReverseCrossEntropyLoss,
+    SmoothedCrossEntropyLoss,
+    complement_entropy,
+)
 from .models import ReverseLogits, negated_logits
 
 # %% ../nbs/04a_guided.ipynb #c4c25922
@@ -28,58 +38,83 @@ GUIDANCE = 'guiding_factor complement_entropy logit_margin'.split()
 
 # %% ../nbs/04a_guided.ipynb #0a351bd1
 def guidance(
-    logits:Tensor,   # (N, K) unnormalised scores, K > 2
-    target:Tensor,   # (N,) class indices
-    alpha:float=1/3, # exponent of the guiding factor, > 0
-)->dict:             # `GUIDANCE` name → (N,), no gradient; float32 or better
+    logits: Tensor,  # (N, K) unnormalised scores, K > 2
+    target: Tensor,  # (N,) class indices
+    alpha: float = 1 / 3,  # exponent of the guiding factor, > 0
+) -> dict:  # `GUIDANCE` name → (N,), no gradient; float32 or better
     "Guiding factor and normalised complement entropy (the two factors of GCE Eq 3) and the logit margin of each sample."
     z, t = logits.detach().as_subclass(Tensor), target.as_subclass(Tensor)[:, None]
-    if z.dtype in (torch.float16, torch.bfloat16): z = z.float()
-    factor = (alpha*z.log_softmax(1).gather(1, t)).exp()
+    if z.dtype in (torch.float16, torch.bfloat16):
+        z = z.float()
+    factor = (alpha * z.log_softmax(1).gather(1, t)).exp()
     margin = z.gather(1, t) - z.scatter(1, t, -math.inf).amax(1, keepdim=True)
     entropy = complement_entropy(z, t[:, 0], reduction='none')
-    return dict(zip(GUIDANCE, (factor[:, 0], entropy/math.log(z.shape[1] - 1), margin[:, 0])))
+    return dict(
+        zip(GUIDANCE, (factor[:, 0], entropy / math.log(z.shape[1] - 1), margin[:, 0]))
+    )
 
 # %% ../nbs/04a_guided.ipynb #597cdf59
 def accuracy_for(
-    loss_func, # a fastai loss, with `activation` and `decodes`
-):             # a metric named 'accuracy'; its `loss_func` says which loss it asks
+    loss_func,  # a fastai loss, with `activation` and `decodes`
+):  # a metric named 'accuracy'; its `loss_func` says which loss it asks
     "Accuracy of what `loss_func` says the logits mean: right for reversed logits too."
+
     def accuracy(inp, targ):
         decoded = loss_func.decodes(loss_func.activation(inp))
         return (decoded == targ.reshape(decoded.shape)).float().mean()
+
     accuracy.loss_func = loss_func
     return accuracy
 
 # %% ../nbs/04a_guided.ipynb #55c25dc8
 class _ReadsAlike:
     "A loss of this library that takes logits and targets as another loss took them."
+
     axis = 1
+
     def forward(self, logits, target):
         loss = super().forward(*flattened(logits, target, self.axis))
-        return loss.reshape(target.shape) if loss.ndim and target.ndim < logits.ndim else loss
-    def activation(self, x): return super().activation(x.movedim(self.axis, 1)).movedim(1, self.axis)
-    def decodes(self, x): return x.argmax(self.axis)
+        return (
+            loss.reshape(target.shape)
+            if loss.ndim and target.ndim < logits.ndim
+            else loss
+        )
+
+    def activation(self, x):
+        return super().activation(x.movedim(self.axis, 1)).movedim(1, self.axis)
+
+    def decodes(self, x):
+        return x.argmax(self.axis)
+
 
 class _OwnLoss(Attached):
     "While it is on a learner, the learner's loss is `self.own_loss`; once it is off, the former loss is back."
-    _index = None # the label to be ignored, where the user gave one
+
+    _index = None  # the label to be ignored, where the user gave one
+
     def _check(self, learn):
         others = [o for o in learn.cbs if isinstance(o, _OwnLoss) and o is not self]
-        if others: raise InputError(f'this learner has its loss from {others[0]} already: remove it first, learn.remove_cb({others[0]})')
+        if others:
+            raise InputError(
+                f'this learner has its loss from {others[0]} already: remove it first, learn.remove_cb({others[0]})'
+            )
 
     def _enter(self, learn):
         super()._enter(learn)
         self._former, learn.loss_func = learn.loss_func, self.own_loss
         self.own_loss.axis = class_axis(self._former)
-        self.own_loss.ignore_index = ignored_index(self._former) if self._index is None else self._index
+        self.own_loss.ignore_index = (
+            ignored_index(self._former) if self._index is None else self._index
+        )
 
     def _leave(self, learn):
         super()._leave(learn)
         learn.loss_func = self._former
 
 # %% ../nbs/04a_guided.ipynb #6a8c9799
-def _sums(pred:Tensor, target:Tensor, alpha:float, ignore_index:int, axis:int=1)->Tensor: # the three sums and the number of samples, on the device
+def _sums(
+    pred: Tensor, target: Tensor, alpha: float, ignore_index: int, axis: int = 1
+) -> Tensor:  # the three sums and the number of samples, on the device
     z, t = flattened(pred.detach(), target, axis)
     keep = t != ignore_index
     values = guidance(z, t.where(keep, 0).long(), alpha).values()
@@ -88,193 +123,310 @@ def _sums(pred:Tensor, target:Tensor, alpha:float, ignore_index:int, axis:int=1)
 # %% ../nbs/04a_guided.ipynb #5d0c1ff8
 class GuidanceRecorder(Attached):
     "The mean guiding factor, complement entropy (over log(K-1), so in [0, 1]) and logit margin of each epoch: columns of fastai's table, and `history`."
-    def __init__(self,
-        alpha:float=1/3,        # exponent of the recorded guiding factor
-        record:str='valid',     # which batches: 'valid', 'train', 'both' or 'none'; only 'valid' and 'both' add columns to the table
-        ignore_index:int=None, # targets that count for nothing; None: those of the learner's loss
+
+    def __init__(
+        self,
+        alpha: float = 1 / 3,  # exponent of the recorded guiding factor
+        record: str = 'valid',  # which batches: 'valid', 'train', 'both' or 'none'; only 'valid' and 'both' add columns to the table
+        ignore_index: int = None,  # targets that count for nothing; None: those of the learner's loss
     ):
         alpha = check_positive(alpha, 'alpha')
-        self.splits = choose(record, dict(valid=['valid'], train=['train'], both=['train', 'valid'], none=[]), 'record')
+        self.splits = choose(
+            record,
+            dict(valid=['valid'], train=['train'], both=['train', 'valid'], none=[]),
+            'record',
+        )
         self.alpha, self.ignore_index = alpha, ignore_index
         self._rows, self._means, self._total, self._fitting = [], {}, None, False
-        self._columns = [ValueMetric(partial(self._mean, name), name) for name in GUIDANCE if 'valid' in self.splits]
+        self._columns = [
+            ValueMetric(partial(self._mean, name), name)
+            for name in GUIDANCE
+            if 'valid' in self.splits
+        ]
 
     @property
-    def history(self)->pd.DataFrame: # a row for each epoch and split of the last fit
+    def history(self) -> pd.DataFrame:  # a row for each epoch and split of the last fit
         return pd.DataFrame(self._rows)
 
-    def _mean(self, name): return self._means.get(name)
-    def _row(self): return dict(epoch=self.epoch, split=self._part)
+    def _mean(self, name):
+        return self._means.get(name)
+
+    def _row(self):
+        return dict(epoch=self.epoch, split=self._part)
 
 # %% ../nbs/04a_guided.ipynb #5b69e047
 @patch
-def _enter(self:GuidanceRecorder, learn):
+def _enter(self: GuidanceRecorder, learn):
     super(GuidanceRecorder, self)._enter(learn)
     learn.metrics = [*learn.metrics, *self._columns]
 
+
 @patch
-def _leave(self:GuidanceRecorder, learn):
+def _leave(self: GuidanceRecorder, learn):
     super(GuidanceRecorder, self)._leave(learn)
     learn.metrics = [m for m in learn.metrics if m not in self._columns]
 
 # %% ../nbs/04a_guided.ipynb #c602b619
 @patch
-def before_fit(self:GuidanceRecorder):
+def before_fit(self: GuidanceRecorder):
     loss_func, self._fitting = self.learn.loss_func, False
-    self._reading = ignored_index(loss_func) if self.ignore_index is None else self.ignore_index, class_axis(loss_func)
+    self._reading = (
+        ignored_index(loss_func) if self.ignore_index is None else self.ignore_index,
+        class_axis(loss_func),
+    )
+
 
 @patch
-def before_train(self:GuidanceRecorder):
-    if not self._fitting and not hasattr(self.learn, 'lr_finder'): self._rows, self._fitting = [], True
-    self._part, self._total = 'train', 0. if 'train' in self.splits else None
+def before_train(self: GuidanceRecorder):
+    if not self._fitting and not hasattr(self.learn, 'lr_finder'):
+        self._rows, self._fitting = [], True
+    self._part, self._total = 'train', 0.0 if 'train' in self.splits else None
+
 
 @patch
-def before_validate(self:GuidanceRecorder):
-    self._part, self._total = 'valid', 0. if 'valid' in self.splits else None
+def before_validate(self: GuidanceRecorder):
+    self._part, self._total = 'valid', 0.0 if 'valid' in self.splits else None
 
 # %% ../nbs/04a_guided.ipynb #9f05f629
 @patch
-def after_batch(self:GuidanceRecorder):
-    if self._total is not None and len(self.yb) and not hasattr(self.learn, 'gather_preds'):
-        self._total = self._total + _sums(self.pred, self.yb[0], self.alpha, *self._reading)
+def after_batch(self: GuidanceRecorder):
+    if (
+        self._total is not None
+        and len(self.yb)
+        and not hasattr(self.learn, 'gather_preds')
+    ):
+        self._total = self._total + _sums(
+            self.pred, self.yb[0], self.alpha, *self._reading
+        )
+
 
 @patch
-def _close(self:GuidanceRecorder): # the means of a pass; the only copy to the host
-    if not isinstance(self._total, Tensor): return
-    if hasattr(self.learn, 'distributed_trainer'): torch.distributed.all_reduce(self._total)
+def _close(self: GuidanceRecorder):  # the means of a pass; the only copy to the host
+    if not isinstance(self._total, Tensor):
+        return
+    if hasattr(self.learn, 'distributed_trainer'):
+        torch.distributed.all_reduce(self._total)
     *sums, n = self._total.tolist()
-    self._means, self._total = {name: s/n if n else math.nan for name, s in zip(GUIDANCE, sums)}, None
-    if self._fitting: self._rows.append({**self._row(), **self._means})
+    self._means, self._total = (
+        {name: s / n if n else math.nan for name, s in zip(GUIDANCE, sums)},
+        None,
+    )
+    if self._fitting:
+        self._rows.append({**self._row(), **self._means})
+
 
 @patch
-def after_train(self:GuidanceRecorder): self._close()
+def after_train(self: GuidanceRecorder):
+    self._close()
+
+
 @patch
-def after_validate(self:GuidanceRecorder): self._close()
+def after_validate(self: GuidanceRecorder):
+    self._close()
 
 # %% ../nbs/04a_guided.ipynb #8ede19f6
-class _GuidedLoss(_ReadsAlike, GuidedComplementEntropyLoss): pass
-class _WarmupLoss(_ReadsAlike, SmoothedCrossEntropyLoss): pass
+class _GuidedLoss(_ReadsAlike, GuidedComplementEntropyLoss):
+    pass
+
+
+class _WarmupLoss(_ReadsAlike, SmoothedCrossEntropyLoss):
+    pass
+
 
 class GuidedComplementTraining(_OwnLoss, GuidanceRecorder):
     "Training by guided complement entropy (GCE Eq 3, §5.1); `valid_loss` is that loss at `alpha` in every epoch, between -1 and 0."
-    def __init__(self,
-        alpha:float=1/3,    # exponent of the guiding factor, > 0
-        schedule=None,      # from the share of the training done, in [0, 1), to α: any callable, `SchedLin(1., 1/3)` for instance; None for `alpha` throughout
-        warmup:int=0,       # so many epochs of cross-entropy first; the schedule starts after them
-        record:str='valid', # batches to record the guidance of: 'valid', 'train', 'both' or 'none'
-        **kwargs,           # `weight`, `ignore_index`, … of `GuidedComplementEntropyLoss`
+
+    def __init__(
+        self,
+        alpha: float = 1 / 3,  # exponent of the guiding factor, > 0
+        schedule=None,  # from the share of the training done, in [0, 1), to α: any callable, `SchedLin(1., 1/3)` for instance; None for `alpha` throughout
+        warmup: int = 0,  # so many epochs of cross-entropy first; the schedule starts after them
+        record: str = 'valid',  # batches to record the guidance of: 'valid', 'train', 'both' or 'none'
+        **kwargs,  # `weight`, `ignore_index`, … of `GuidedComplementEntropyLoss`
     ):
-        self.own_loss, self._index = _GuidedLoss(alpha, **kwargs), kwargs.get('ignore_index')
+        self.own_loss, self._index = (
+            _GuidedLoss(alpha, **kwargs),
+            kwargs.get('ignore_index'),
+        )
         super().__init__(alpha, record)
-        if schedule is not None and not callable(schedule): raise InputError(f'schedule is {schedule!r}: give a function from the share of the training done to alpha')
+        if schedule is not None and not callable(schedule):
+            raise InputError(
+                f'schedule is {schedule!r}: give a function from the share of the training done to alpha'
+            )
         warmup = check_positive(warmup, 'warmup', zero=True)
-        self.warmup_loss = _WarmupLoss(0., weight=self.own_loss.weight)
+        self.warmup_loss = _WarmupLoss(0.0, weight=self.own_loss.weight)
         self.schedule, self.warmup, self._warming = schedule, warmup, False
 
-    def _row(self): return dict(super()._row(), alpha=math.nan if self._warming else self._last_alpha)
-    def _settle(self): self.learn.loss_func, self.own_loss.alpha = self.own_loss, self.alpha
+    def _row(self):
+        return dict(
+            super()._row(), alpha=math.nan if self._warming else self._last_alpha
+        )
+
+    def _settle(self):
+        self.learn.loss_func, self.own_loss.alpha = self.own_loss, self.alpha
 
     def before_fit(self):
         self._settle()
         super().before_fit()
-        self.warmup_loss.axis, self.warmup_loss.ignore_index = self.own_loss.axis, self.own_loss.ignore_index
+        self.warmup_loss.axis, self.warmup_loss.ignore_index = (
+            self.own_loss.axis,
+            self.own_loss.ignore_index,
+        )
 
-    def after_train(self): super().after_train(); self._settle()
-    def before_validate(self): self._settle(); super().before_validate()
+    def after_train(self):
+        super().after_train()
+        self._settle()
+
+    def before_validate(self):
+        self._settle()
+        super().before_validate()
 
 # %% ../nbs/04a_guided.ipynb #defbc68f
 @patch
-def before_train(self:GuidedComplementTraining):
+def before_train(self: GuidedComplementTraining):
     super(GuidedComplementTraining, self).before_train()
     self._last_alpha, finding = self.alpha, hasattr(self.learn, 'lr_finder')
-    self._warming, self._scheduled = self.epoch < self.warmup and not finding, self.schedule is not None and not finding
-    self.warmup_loss.weight = self.own_loss.weight # on the device by now
-    if self._warming: self.learn.loss_func = self.warmup_loss
+    self._warming, self._scheduled = (
+        self.epoch < self.warmup and not finding,
+        self.schedule is not None and not finding,
+    )
+    self.warmup_loss.weight = self.own_loss.weight  # on the device by now
+    if self._warming:
+        self.learn.loss_func = self.warmup_loss
+
 
 @patch
-def before_batch(self:GuidedComplementTraining):
-    if not self.training or not self._scheduled or self._warming: return
-    done = (self.pct_train*self.n_epoch - self.warmup)/(self.n_epoch - self.warmup)
+def before_batch(self: GuidedComplementTraining):
+    if not self.training or not self._scheduled or self._warming:
+        return
+    done = (self.pct_train * self.n_epoch - self.warmup) / (self.n_epoch - self.warmup)
     self.own_loss.alpha = self._last_alpha = float(self.schedule(done))
-    if not self._last_alpha > 0: raise InputError(f'the schedule gave alpha = {self._last_alpha}: it must stay above 0')
+    if not self._last_alpha > 0:
+        raise InputError(
+            f'the schedule gave alpha = {self._last_alpha}: it must stay above 0'
+        )
 
 # %% ../nbs/04a_guided.ipynb #3575dcc1
 @patch
-def to_guided_complement(self:Learner,
-    alpha:float=1/3, # exponent of the guiding factor, > 0
-    **kwargs,        # `schedule`, `warmup`, `record`, … of `GuidedComplementTraining`
-)->Learner:          # the same learner
+def to_guided_complement(
+    self: Learner,
+    alpha: float = 1 / 3,  # exponent of the guiding factor, > 0
+    **kwargs,  # `schedule`, `warmup`, `record`, … of `GuidedComplementTraining`
+) -> Learner:  # the same learner
     "Train by guided complement entropy from here on (GCE Eq 3); `learn.remove_cb(GuidedComplementTraining)` ends it."
     return self.add_cb(GuidedComplementTraining(alpha, **kwargs))
 
 # %% ../nbs/04a_guided.ipynb #ee8630be
 class _ReversedLoss(_ReadsAlike, ReverseCrossEntropyLoss):
     "RCE Eq 4 of logits that were negated already: they are read as ordinary ones."
-    negated = True
-    def forward(self, logits, target): return super().forward(-logits, target)
-    def activation(self, x): return x.softmax(self.axis)
 
-def _split_inside(splitter, model): # parameter groups of the network that a `ReverseLogits` is around
+    negated = True
+
+    def forward(self, logits, target):
+        return super().forward(-logits, target)
+
+    def activation(self, x):
+        return x.softmax(self.axis)
+
+
+def _split_inside(
+    splitter, model
+):  # parameter groups of the network that a `ReverseLogits` is around
     return splitter(model.model if isinstance(model, ReverseLogits) else model)
 
-def _reverse(learn): # what is trained by RCE becomes an ordinary classifier, with the parameter groups it had
-    learn.model, known = ReverseLogits(learn.model), getattr(learn.splitter, 'func', None)
-    if known is not _split_inside: learn.splitter = partial(_split_inside, learn.splitter)
+
+def _reverse(
+    learn,
+):  # what is trained by RCE becomes an ordinary classifier, with the parameter groups it had
+    learn.model, known = (
+        ReverseLogits(learn.model),
+        getattr(learn.splitter, 'func', None),
+    )
+    if known is not _split_inside:
+        learn.splitter = partial(_split_inside, learn.splitter)
 
 # %% ../nbs/04a_guided.ipynb #5bb62d7d
 class ReverseTraining(_OwnLoss):
     "Training by reverse cross-entropy (RCE Eq 4): metrics see the negated logits, and what is left on removal is an ordinary classifier."
-    def __init__(self,
-        **kwargs, # `weight`, `ignore_index`, … of `ReverseCrossEntropyLoss`
+
+    def __init__(
+        self,
+        **kwargs,  # `weight`, `ignore_index`, … of `ReverseCrossEntropyLoss`
     ):
-        self.own_loss, self._index, self._trained = _ReversedLoss(**kwargs), kwargs.get('ignore_index'), False
+        self.own_loss, self._index, self._trained = (
+            _ReversedLoss(**kwargs),
+            kwargs.get('ignore_index'),
+            False,
+        )
 
     def _check(self, learn):
         super()._check(learn)
         if conceals(learn.loss_func):
-            raise InputError('this learner trains by RCE already: give it a loss for ordinary logits, or leave ReverseTraining out')
+            raise InputError(
+                'this learner trains by RCE already: give it a loss for ordinary logits, or leave ReverseTraining out'
+            )
 
     def _enter(self, learn):
         super()._enter(learn)
         self._trained = isinstance(learn.model, ReverseLogits)
-        if self._trained: learn.model = learn.model.model
+        if self._trained:
+            learn.model = learn.model.model
 
     def _leave(self, learn):
         super()._leave(learn)
-        if self._trained: _reverse(learn)
+        if self._trained:
+            _reverse(learn)
 
-    def after_pred(self): self.learn.pred = negated_logits(self.pred)
-    def after_step(self): self._trained = self._trained or not hasattr(self.learn, 'lr_finder')
+    def after_pred(self):
+        self.learn.pred = negated_logits(self.pred)
+
+    def after_step(self):
+        self._trained = self._trained or not hasattr(self.learn, 'lr_finder')
 
 # %% ../nbs/04a_guided.ipynb #c90e9699
 @patch
-def to_reverse(self:Learner,
-    **kwargs, # `weight`, `ignore_index`, … of `ReverseCrossEntropyLoss`
-)->Learner:   # the same learner
+def to_reverse(
+    self: Learner,
+    **kwargs,  # `weight`, `ignore_index`, … of `ReverseCrossEntropyLoss`
+) -> Learner:  # the same learner
     "Train by reverse cross-entropy from here on (RCE §3.3); `learn.reverse_logits()` ends it."
     return self.add_cb(ReverseTraining(**kwargs))
 
 # %% ../nbs/04a_guided.ipynb #242a1c95
-def _is_reversed(learn:Learner)->bool: # do the network's own logits conceal the true class?
+def _is_reversed(
+    learn: Learner,
+) -> bool:  # do the network's own logits conceal the true class?
     return len(learn._grab_cbs(ReverseTraining)) > 0 or conceals(learn.loss_func)
 
 # %% ../nbs/04a_guided.ipynb #ce7e4cc0
 def to_classifier(
-    learn:Learner, # of any objective
-)->nn.Module:      # `learn.model`, or `ReverseLogits` around it; the parameters are shared
+    learn: Learner,  # of any objective
+) -> (
+    nn.Module
+):  # `learn.model`, or `ReverseLogits` around it; the parameters are shared
     "The learner's network as an ordinary classifier: the highest logit is the prediction (RCE §3.3, reverse logits)."
     return ReverseLogits(learn.model) if _is_reversed(learn) else learn.model
 
 # %% ../nbs/04a_guided.ipynb #f9792c5e
 @patch
-def reverse_logits(self:Learner)->Learner: # the same learner, an ordinary classifier from here on
+def reverse_logits(
+    self: Learner,
+) -> Learner:  # the same learner, an ordinary classifier from here on
     "Turn a learner trained by RCE into one whose model is `ReverseLogits` and whose loss is for ordinary logits; predictions stay the same."
-    if not _is_reversed(self): raise InputError('this learner does not train by RCE: there are no logits to reverse')
+    if not _is_reversed(self):
+        raise InputError(
+            'this learner does not train by RCE: there are no logits to reverse'
+        )
     for cb in self._grab_cbs(ReverseTraining):
         cb._trained = True
         self.remove_cb(cb)
     if _is_reversed(self):
         _reverse(self)
         self.loss_func = CrossEntropyLossFlat()
-    self.metrics = [accuracy_for(self.loss_func) if hasattr(getattr(m, 'func', None), 'loss_func') else m for m in self.metrics]
+    self.metrics = [
+        accuracy_for(self.loss_func)
+        if hasattr(getattr(m, 'func', None), 'loss_func')
+        else m
+        for m in self.metrics
+    ]
     return self

@@ -23,389 +23,597 @@ from torch import nn
 
 from .attack_base import as_foolbox, limit
 from .audit_attacks import FMN, L2FMN, Square, Transfer
-from .core import (
-    InputError, as_number, check_count, check_positive, derive_seed, weight_type)
+from complement_objectives.core import (
+    InputError,
+    as_number,
+    check_count,
+    check_positive,
+    derive_seed,
+    weight_type,
+)
 from .gradient_attacks import LOSSES, PGD, as_loss
 from .measures import asking, check_pairs, correct, lost_gradients
 from .perturbation import check_images, project, start_noise
 
 # %% ../nbs/07a_hygiene.ipynb #b5aaf213
 def wrong(
-    model,              # from pixels to logits, or a foolbox model
-    x:torch.Tensor,     # (N, …) images
-    y:torch.Tensor,     # (N,) true classes
-    batch_size:int=512, # images a forward pass
-)->torch.Tensor:        # (N,) bool, on the CPU
+    model,  # from pixels to logits, or a foolbox model
+    x: torch.Tensor,  # (N, …) images
+    y: torch.Tensor,  # (N,) true classes
+    batch_size: int = 512,  # images a forward pass
+) -> torch.Tensor:  # (N,) bool, on the CPU
     "Which images are classified as something else."
     return ~correct(model, x, y, batch_size)
 
 # %% ../nbs/07a_hygiene.ipynb #a51a03ee
 def broken(
-    model,              # from pixels to logits, or a foolbox model
-    x:torch.Tensor,     # (N, …) images within the bounds
-    y:torch.Tensor,     # (N,) true classes
-    attack,             # a foolbox attack
-    eps:float=None,     # its radius; None: no limit
-    batch_size:int=512, # images at a time
-)->torch.Tensor:        # (N,) bool, on the CPU
+    model,  # from pixels to logits, or a foolbox model
+    x: torch.Tensor,  # (N, …) images within the bounds
+    y: torch.Tensor,  # (N,) true classes
+    attack,  # a foolbox attack
+    eps: float = None,  # its radius; None: no limit
+    batch_size: int = 512,  # images at a time
+) -> torch.Tensor:  # (N,) bool, on the CPU
     "Which images are wrong after the attack; those wrong from the start are among them."
     check_pairs(x, y, batch_size)
-    if isinstance(attack, (type, str)): raise InputError(f'the attack is {attack!r}: give one that is made, such as PGD()')
+    if isinstance(attack, (type, str)):
+        raise InputError(
+            f'the attack is {attack!r}: give one that is made, such as PGD()'
+        )
     eps = None if eps is None else as_number(eps, 'eps')
     with as_foolbox(model, x) as m, warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'the gradient is exactly zero') # a check of its own says so
+        warnings.filterwarnings(
+            'ignore', 'the gradient is exactly zero'
+        )  # a check of its own says so
         device = getattr(m, 'device', None) or x.device
-        parts = [(a.to(device, copy=True), b.to(device, torch.long, copy=True)) for a, b in zip(x.split(batch_size), y.split(batch_size))]
-        return torch.cat([attack(m, a, Misclassification(b), epsilons=eps)[2].cpu() for a, b in parts])
+        parts = [
+            (a.to(device, copy=True), b.to(device, torch.long, copy=True))
+            for a, b in zip(x.split(batch_size), y.split(batch_size))
+        ]
+        return torch.cat(
+            [
+                attack(m, a, Misclassification(b), epsilons=eps)[2].cpu()
+                for a, b in parts
+            ]
+        )
 
 # %% ../nbs/07a_hygiene.ipynb #17cb25ec
 class Check(NamedTuple):
     "One check of a claim."
-    check:str        # its name
-    measured:float   # what was found, a share of the images or pixels; NaN where the check was not run
-    rule:str         # '≤' or '≥': how `measured` should compare with `limit`
-    limit:float      # what it is compared with
-    passed:bool|None # None where the check was not run
-    meaning:str      # one sentence
+
+    check: str  # its name
+    measured: float  # what was found, a share of the images or pixels; NaN where the check was not run
+    rule: str  # '≤' or '≥': how `measured` should compare with `limit`
+    limit: float  # what it is compared with
+    passed: bool | None  # None where the check was not run
+    meaning: str  # one sentence
 
 # %% ../nbs/07a_hygiene.ipynb #a8a26a18
 def judged(
-    name:str,        # of the check
-    measured:float,  # what was found
-    rule:str,        # '≤' or '≥'
-    limit:float,     # what it is compared with
-    good:str,        # what it means if it holds
-    bad:str,         # what it means if not, and what to do
-)->Check:            # passed or not
+    name: str,  # of the check
+    measured: float,  # what was found
+    rule: str,  # '≤' or '≥'
+    limit: float,  # what it is compared with
+    good: str,  # what it means if it holds
+    bad: str,  # what it means if not, and what to do
+) -> Check:  # passed or not
     "Compare, and choose the sentence."
     passed = bool(measured <= limit + 1e-9 if rule == '≤' else measured >= limit - 1e-9)
     return Check(name, measured, rule, limit, passed, good if passed else bad)
 
-def _percent(share): return f'{100*share:.0f} %'
-def _share(mask): return mask.double().mean().item()
+
+def _percent(share):
+    return f'{100 * share:.0f} %'
+
+
+def _share(mask):
+    return mask.double().mean().item()
+
 
 def not_run(
-    name:str, # of the check
-    why:str,  # in plain words
-)->Check:     # neither passed nor failed
+    name: str,  # of the check
+    why: str,  # in plain words
+) -> Check:  # neither passed nor failed
     "A check that says nothing, and why."
     return Check(name, math.nan, '≤', math.nan, None, f'not run: {why}')
 
-def _tolerance(value): # checked
+
+def _tolerance(value):  # checked
     size = as_number(value, 'tolerance')
-    if not 0 <= size < 1: raise InputError(f'tolerance is {size:g}: it is a share of the images, at least 0 and below 1')
+    if not 0 <= size < 1:
+        raise InputError(
+            f'tolerance is {size:g}: it is a share of the images, at least 0 and below 1'
+        )
     return size
 
 # %% ../nbs/07a_hygiene.ipynb #c521962b
 NORMS = {math.inf: 'L∞', 2: 'L2', 1: 'L1', 0: 'L0'}
 
-def norm_of(
-    attack, # a foolbox attack
-)->float:   # p of its norm: 0, 1, 2 or inf; None where it names none
-    "In which norm an attack's radius is measured."
-    try: return getattr(getattr(attack, 'distance', None), 'p', None)
-    except ValueError: return None # how foolbox says that an attack has no norm of its own
 
-def _range(model): return (0, 1) if isinstance(model, nn.Module) else tuple(model.bounds)
-def _norm_name(p): return NORMS.get(p, f'L{p}')
+def norm_of(
+    attack,  # a foolbox attack
+) -> float:  # p of its norm: 0, 1, 2 or inf; None where it names none
+    "In which norm an attack's radius is measured."
+    try:
+        return getattr(getattr(attack, 'distance', None), 'p', None)
+    except ValueError:
+        return None  # how foolbox says that an attack has no norm of its own
+
+
+def _range(model):
+    return (0, 1) if isinstance(model, nn.Module) else tuple(model.bounds)
+
+
+def _norm_name(p):
+    return NORMS.get(p, f'L{p}')
+
 
 def whole_range(
-    x:torch.Tensor,      # (N, …) images
-    p:float,             # of the norm
-    bounds:tuple=(0, 1), # smallest and largest value of a pixel
-)->float:                # radius
+    x: torch.Tensor,  # (N, …) images
+    p: float,  # of the norm
+    bounds: tuple = (0, 1),  # smallest and largest value of a pixel
+) -> float:  # radius
     "The radius at which any image may become any other."
     d, width = x[0].numel(), bounds[1] - bounds[0]
-    return float(d if p == 0 else width*d**(1/p)) # 1/inf is 0
+    return float(d if p == 0 else width * d ** (1 / p))  # 1/inf is 0
 
 # %% ../nbs/07a_hygiene.ipynb #9e64e2d6
 def with_settings(
-    attack,     # any attack
-    **settings, # attributes to change
-):              # a copy
+    attack,  # any attack
+    **settings,  # attributes to change
+):  # a copy
     "The same attack with other settings."
     attack = copy.copy(attack)
-    for name, value in settings.items(): setattr(attack, name, value)
+    for name, value in settings.items():
+        setattr(attack, name, value)
     return attack
 
 # %% ../nbs/07a_hygiene.ipynb #3a9b2dcd
-def _own_loss(attack): # the loss that it follows, as `as_loss` takes it; None where it names none, or one of another kind
+def _own_loss(
+    attack,
+):  # the loss that it follows, as `as_loss` takes it; None where it names none, or one of another kind
     loss = getattr(attack, 'loss', None)
     return loss if callable(loss) or isinstance(loss, str) and loss in LOSSES else None
 
-def _takes_loss(attack): return _own_loss(attack) is not None and 'loss' in inspect.signature(type(attack).__init__).parameters
 
-def _as_list(losses): # checked
+def _takes_loss(attack):
+    return (
+        _own_loss(attack) is not None
+        and 'loss' in inspect.signature(type(attack).__init__).parameters
+    )
+
+
+def _as_list(losses):  # checked
     losses = [losses] if isinstance(losses, str) else list(losses)
-    if not losses: raise InputError('losses are empty: give at least one')
-    for loss in losses: as_loss(loss) # complains about unknown ones
+    if not losses:
+        raise InputError('losses are empty: give at least one')
+    for loss in losses:
+        as_loss(loss)  # complains about unknown ones
     return losses
 
-def _each_loss(model, x, y, eps, attack, losses): # loss → what it breaks; loss → why it cannot be followed
+
+def _each_loss(
+    model, x, y, eps, attack, losses
+):  # loss → what it breaks; loss → why it cannot be followed
     hits, missing = {}, {}
     for loss in losses:
-        try: hits[loss] = broken(model, x, y, with_settings(attack, loss=loss), eps)
-        except InputError as problem: missing[loss] = str(problem)
+        try:
+            hits[loss] = broken(model, x, y, with_settings(attack, loss=loss), eps)
+        except InputError as problem:
+            missing[loss] = str(problem)
     return hits, missing
 
+
 def check_losses(
-    model,           # from pixels to logits
-    x:torch.Tensor,  # (N, …) images in [0, 1]
-    y:torch.Tensor,  # (N,) true classes
-    eps:float,       # radius
-    attack,          # the claimed attack, with an argument `loss`
-    losses=('cross-entropy', 'margin', 'dlr'), # see `as_loss`
-    tolerance:float=0.02, # see above
-)->Check:            # measured: accuracy under the claimed attack
+    model,  # from pixels to logits
+    x: torch.Tensor,  # (N, …) images in [0, 1]
+    y: torch.Tensor,  # (N,) true classes
+    eps: float,  # radius
+    attack,  # the claimed attack, with an argument `loss`
+    losses=('cross-entropy', 'margin', 'dlr'),  # see `as_loss`
+    tolerance: float = 0.02,  # see above
+) -> Check:  # measured: accuracy under the claimed attack
     "Is the claimed accuracy the minimum over the losses?"
     tolerance, losses = _tolerance(tolerance), _as_list(losses)
-    if not _takes_loss(attack): return not_run('other losses', f'{type(attack).__name__} takes no other loss')
+    if not _takes_loss(attack):
+        return not_run('other losses', f'{type(attack).__name__} takes no other loss')
     claim = broken(model, x, y, attack, eps)
     others, missing = _each_loss(model, x, y, eps, attack, losses)
-    if not others: return not_run('other losses', '; '.join(missing.values()))
+    if not others:
+        return not_run('other losses', '; '.join(missing.values()))
     best = max(others, key=lambda loss: _share(others[loss]))
     least = 1 - _share(torch.stack([claim, *others.values()]).any(0))
     bad = f'{best} leaves {_percent(1 - _share(others[best]))} and all losses together {_percent(least)}, where {_percent(1 - _share(claim))} is claimed: report the minimum over the losses'
-    found = judged('other losses', 1 - _share(claim), '≤', least + tolerance, 'no other loss breaks more', bad)
-    if not missing or not found.passed: return found
-    return found._replace(passed=None, meaning=f'not run in full: {"; ".join(missing.values())}; no other loss breaks more')
+    found = judged(
+        'other losses',
+        1 - _share(claim),
+        '≤',
+        least + tolerance,
+        'no other loss breaks more',
+        bad,
+    )
+    if not missing or not found.passed:
+        return found
+    return found._replace(
+        passed=None,
+        meaning=f'not run in full: {"; ".join(missing.values())}; no other loss breaks more',
+    )
 
 # %% ../nbs/07a_hygiene.ipynb #d44acdc3
-INSIDE = 0.01, 0.2 # how far inside the range a gradient that is zero at its ends is looked for
+INSIDE = (
+    0.01,
+    0.2,
+)  # how far inside the range a gradient that is zero at its ends is looked for
+
 
 def check_zero_gradients(
-    model,                # from pixels to logits
-    x:torch.Tensor,       # (N, …) images in [0, 1]
-    y:torch.Tensor,       # (N,) true classes
-    loss='cross-entropy', # the one that the attack follows
-    tolerance:float=0.02, # see above
-)->Check:                 # measured: share of pixels that no attack along the gradient can move, see `lost_gradients`
+    model,  # from pixels to logits
+    x: torch.Tensor,  # (N, …) images in [0, 1]
+    y: torch.Tensor,  # (N,) true classes
+    loss='cross-entropy',  # the one that the attack follows
+    tolerance: float = 0.02,  # see above
+) -> Check:  # measured: share of pixels that no attack along the gradient can move, see `lost_gradients`
     "Has the loss a gradient at the images?"
-    tolerance, further = _tolerance(tolerance), (lost_gradients(model, x, y.long(), loss=loss, inside=inside) for inside in INSIDE)
+    tolerance, further = (
+        _tolerance(tolerance),
+        (
+            lost_gradients(model, x, y.long(), loss=loss, inside=inside)
+            for inside in INSIDE
+        ),
+    )
     lost = max(further, key=lambda lost: lost.stuck)
     if lost.edge > lost.images:
-        bad = (f'at {_percent(lost.edge)} of the pixels, at the ends of the range, the gradient is exactly zero, and a little further inside it is not: '
-               'the network clamps its input, or is flat there, and cannot be attacked at black and white pixels; remove the clamp, or begin the attack inside the range')
-    else: bad = f'at {_percent(lost.images)} of the images the gradient is exactly zero and the attack stands still: follow the margin of the logits instead, or compute in double precision'
-    return judged('zero gradients', lost.stuck, '≤', tolerance, 'there is a gradient to follow', bad)
+        bad = (
+            f'at {_percent(lost.edge)} of the pixels, at the ends of the range, the gradient is exactly zero, and a little further inside it is not: '
+            'the network clamps its input, or is flat there, and cannot be attacked at black and white pixels; remove the clamp, or begin the attack inside the range'
+        )
+    else:
+        bad = f'at {_percent(lost.images)} of the images the gradient is exactly zero and the attack stands still: follow the margin of the logits instead, or compute in double precision'
+    return judged(
+        'zero gradients',
+        lost.stuck,
+        '≤',
+        tolerance,
+        'there is a gradient to follow',
+        bad,
+    )
 
 # %% ../nbs/07a_hygiene.ipynb #989c4f40
 def check_steps(
-    model,                # from pixels to logits
-    x:torch.Tensor,       # (N, …) images in [0, 1]
-    y:torch.Tensor,       # (N,) true classes
-    eps:float,            # radius
-    attack,               # the claimed attack, with an attribute `steps`
-    factor:int=5,         # how many times the steps
-    tolerance:float=0.02, # see above
-)->Check:                 # measured: accuracy under the claimed attack
+    model,  # from pixels to logits
+    x: torch.Tensor,  # (N, …) images in [0, 1]
+    y: torch.Tensor,  # (N,) true classes
+    eps: float,  # radius
+    attack,  # the claimed attack, with an attribute `steps`
+    factor: int = 5,  # how many times the steps
+    tolerance: float = 0.02,  # see above
+) -> Check:  # measured: accuracy under the claimed attack
     "Had the attack arrived?"
     tolerance, factor = _tolerance(tolerance), check_count(factor, 'factor', 2)
-    if getattr(attack, 'steps', None) is None: return not_run('more steps', f'{type(attack).__name__} has no number of steps')
-    claim, longer = (1 - _share(broken(model, x, y, a, eps)) for a in (attack, with_settings(attack, steps=factor*attack.steps)))
-    bad = f'{factor*attack.steps} steps leave {_percent(longer)}, where {attack.steps} steps leave {_percent(claim)}: report the longer attack'
-    return judged('more steps', claim, '≤', longer + tolerance, f'{factor} times the steps break no more', bad)
+    if getattr(attack, 'steps', None) is None:
+        return not_run('more steps', f'{type(attack).__name__} has no number of steps')
+    claim, longer = (
+        1 - _share(broken(model, x, y, a, eps))
+        for a in (attack, with_settings(attack, steps=factor * attack.steps))
+    )
+    bad = f'{factor * attack.steps} steps leave {_percent(longer)}, where {attack.steps} steps leave {_percent(claim)}: report the longer attack'
+    return judged(
+        'more steps',
+        claim,
+        '≤',
+        longer + tolerance,
+        f'{factor} times the steps break no more',
+        bad,
+    )
 
 # %% ../nbs/07a_hygiene.ipynb #a7cc74ad
 def check_large_eps(
-    model,            # from pixels to logits
-    x:torch.Tensor,   # (N, …) images in [0, 1]
-    y:torch.Tensor,   # (N,) true classes
-    attack,           # the claimed attack
-    eps:float=None,   # a radius at which everything is possible; None: `whole_range` in the attack's norm
-)->Check:             # measured: accuracy at this radius
+    model,  # from pixels to logits
+    x: torch.Tensor,  # (N, …) images in [0, 1]
+    y: torch.Tensor,  # (N,) true classes
+    attack,  # the claimed attack
+    eps: float = None,  # a radius at which everything is possible; None: `whole_range` in the attack's norm
+) -> Check:  # measured: accuracy at this radius
     "Does the attack break everything where everything is allowed?"
     p = norm_of(attack)
-    if eps is None and p is None: return not_run('large ε', f'{type(attack).__name__} names no norm')
-    eps = whole_range(x, p, _range(model)) if eps is None else check_positive(eps, 'eps')
+    if eps is None and p is None:
+        return not_run('large ε', f'{type(attack).__name__} names no norm')
+    eps = (
+        whole_range(x, p, _range(model)) if eps is None else check_positive(eps, 'eps')
+    )
     rest = 1 - _share(broken(model, x, y, attack, eps))
     bad = f'at ε = {eps:g}, where any image may become any other, {_percent(rest)} are still right: the attack does not work on this network'
-    return judged('large ε', rest, '≤', 0., f'at ε = {eps:g} nothing is left', bad)
+    return judged('large ε', rest, '≤', 0.0, f'at ε = {eps:g} nothing is left', bad)
 
 # %% ../nbs/07a_hygiene.ipynb #b5d782d3
 def check_unbounded(
-    model,           # from pixels to logits
-    x:torch.Tensor,  # (N, …) images in [0, 1]
-    y:torch.Tensor,  # (N,) true classes
-    attack=None,     # one that minimises; None: `FMN()`, for other norms than L∞ `L2FMN()`
-    p:float=math.inf,# of the norm of the claim
-)->Check:            # measured: share of images broken
+    model,  # from pixels to logits
+    x: torch.Tensor,  # (N, …) images in [0, 1]
+    y: torch.Tensor,  # (N,) true classes
+    attack=None,  # one that minimises; None: `FMN()`, for other norms than L∞ `L2FMN()`
+    p: float = math.inf,  # of the norm of the claim
+) -> Check:  # measured: share of images broken
     "Does an attack without a limit always succeed?"
-    if attack is None: attack = FMN() if p == math.inf else L2FMN()
+    if attack is None:
+        attack = FMN() if p == math.inf else L2FMN()
     share = _share(broken(model, x, y, attack))
     bad = f'{type(attack).__name__} without a limit breaks only {_percent(share)}, yet adversarial images exist for every one: its gradients are of no use here'
-    return judged('no limit', share, '≥', 1., 'without a limit every image is broken', bad)
+    return judged(
+        'no limit', share, '≥', 1.0, 'without a limit every image is broken', bad
+    )
 
 # %% ../nbs/07a_hygiene.ipynb #cb5d2ceb
-def _control(name, control, claim, tolerance, bad): # an attack that should not do better than the claimed one
+def _control(
+    name, control, claim, tolerance, bad
+):  # an attack that should not do better than the claimed one
     tolerance = _tolerance(tolerance)
     numbers = f'{_percent(_share(control))} of the images, where the claimed attack breaks {_percent(_share(claim))}'
-    return judged(name, _share(control), '≤', _share(claim) + tolerance, 'it breaks no more than the claimed attack', f'{bad} {numbers}: the claimed attack is too weak')
+    return judged(
+        name,
+        _share(control),
+        '≤',
+        _share(claim) + tolerance,
+        'it breaks no more than the claimed attack',
+        f'{bad} {numbers}: the claimed attack is too weak',
+    )
 
 # %% ../nbs/07a_hygiene.ipynb #7a3c99e3
-def _fewest(x, eps, seed, bounds): # eps pixels of each image, drawn at random, set to an end of the range
+def _fewest(
+    x, eps, seed, bounds
+):  # eps pixels of each image, drawn at random, set to an end of the range
     chosen = start_noise(x, seed).flatten(1).argsort(1).argsort(1).view_as(x) < int(eps)
     low = start_noise(x, derive_seed(seed, 'end')) < 0
-    return torch.where(chosen, torch.where(low, *(torch.full_like(x, v) for v in bounds)), x)
+    return torch.where(
+        chosen, torch.where(low, *(torch.full_like(x, v) for v in bounds)), x
+    )
+
 
 def noise_of_size(
-    x:torch.Tensor,      # (N, …) images within the bounds
-    eps:float,           # radius of the ball
-    p:float=math.inf,    # of its norm
-    seed:int=0,          # of the noise
-    bounds:tuple=(0, 1), # smallest and largest value of a pixel
-)->torch.Tensor:         # images in the ball, on its border where the bounds leave room
+    x: torch.Tensor,  # (N, …) images within the bounds
+    eps: float,  # radius of the ball
+    p: float = math.inf,  # of its norm
+    seed: int = 0,  # of the noise
+    bounds: tuple = (0, 1),  # smallest and largest value of a pixel
+) -> torch.Tensor:  # images in the ball, on its border where the bounds leave room
     "Random images as far away as the ball allows: every pixel by ±ε in L∞, a random direction in L2 and L1, random pixels in L0."
-    if p == math.inf: return project(x + eps*start_noise(x, seed).sign(), x, eps, bounds)
-    if p == 0: return _fewest(x, eps, seed, bounds)
+    if p == math.inf:
+        return project(x + eps * start_noise(x, seed).sign(), x, eps, bounds)
+    if p == 0:
+        return _fewest(x, eps, seed, bounds)
     u = start_noise(x.float(), seed).clamp(-1 + 1e-6, 1 - 1e-6)
-    v = -u.sign()*torch.log1p(-u.abs()) if p == 1 else torch.erfinv(u) # Laplace and normal: all directions alike
-    v = eps*v/v.flatten(1).norm(p, dim=1).clamp_min(1e-30).view(-1, *[1]*(x.ndim - 1))
+    v = (
+        -u.sign() * torch.log1p(-u.abs()) if p == 1 else torch.erfinv(u)
+    )  # Laplace and normal: all directions alike
+    v = (
+        eps
+        * v
+        / v.flatten(1).norm(p, dim=1).clamp_min(1e-30).view(-1, *[1] * (x.ndim - 1))
+    )
     outside = (x + v < bounds[0]) | (x + v > bounds[1])
     return limit((x + torch.where(outside, -v, v)).to(x.dtype), x, eps, p, bounds)
 
+
 def check_noise(
-    model,                # from pixels to logits
-    x:torch.Tensor,       # (N, …) images in [0, 1]
-    y:torch.Tensor,       # (N,) true classes
-    eps:float,            # radius
-    claim:torch.Tensor,   # (N,) bool, what the claimed attack has `broken`
-    draws:int=10,         # of the noise; the worst counts for each image
-    tolerance:float=0.02, # see above
-    seed:int=0,           # of the noise
-    p:float=math.inf,     # of the norm in which `eps` is measured
-)->Check:                 # measured: share of images broken
+    model,  # from pixels to logits
+    x: torch.Tensor,  # (N, …) images in [0, 1]
+    y: torch.Tensor,  # (N,) true classes
+    eps: float,  # radius
+    claim: torch.Tensor,  # (N,) bool, what the claimed attack has `broken`
+    draws: int = 10,  # of the noise; the worst counts for each image
+    tolerance: float = 0.02,  # see above
+    seed: int = 0,  # of the noise
+    p: float = math.inf,  # of the norm in which `eps` is measured
+) -> Check:  # measured: share of images broken
     "Is the attack better than noise of the same size?"
-    draws, eps, tolerance = check_count(draws, 'draws'), check_positive(eps, 'eps', zero=True), _tolerance(tolerance)
-    if p is None: return not_run('random noise', 'the claimed attack names no norm')
+    draws, eps, tolerance = (
+        check_count(draws, 'draws'),
+        check_positive(eps, 'eps', zero=True),
+        _tolerance(tolerance),
+    )
+    if p is None:
+        return not_run('random noise', 'the claimed attack names no norm')
     seeds = [derive_seed(seed, 'noise', i) for i in range(draws)]
-    hit = torch.stack([wrong(model, noise_of_size(x, eps, p, s, _range(model)), y) for s in seeds]).any(0)
-    return _control('random noise', hit, claim, tolerance, f'{draws} draws of noise break')
+    hit = torch.stack(
+        [wrong(model, noise_of_size(x, eps, p, s, _range(model)), y) for s in seeds]
+    ).any(0)
+    return _control(
+        'random noise', hit, claim, tolerance, f'{draws} draws of noise break'
+    )
 
 # %% ../nbs/07a_hygiene.ipynb #f1aec5a8
 def check_transfer(
-    model,                # from pixels to logits
-    x:torch.Tensor,       # (N, …) images in [0, 1]
-    y:torch.Tensor,       # (N,) true classes
-    eps:float,            # radius
-    attack,               # the claimed attack
-    claim:torch.Tensor,   # (N,) bool, what it has `broken`
-    source,               # another network; None: not run
-    tolerance:float=0.02, # see above
-)->Check:                 # measured: share of images broken
+    model,  # from pixels to logits
+    x: torch.Tensor,  # (N, …) images in [0, 1]
+    y: torch.Tensor,  # (N,) true classes
+    eps: float,  # radius
+    attack,  # the claimed attack
+    claim: torch.Tensor,  # (N,) bool, what it has `broken`
+    source,  # another network; None: not run
+    tolerance: float = 0.02,  # see above
+) -> Check:  # measured: share of images broken
     "Is the attack better than the same attack on another network?"
-    if source is None: return not_run('transfer', 'give another network as source=')
+    if source is None:
+        return not_run('transfer', 'give another network as source=')
     hit = broken(model, x, y, Transfer(attack, source), eps)
-    return _control('transfer', hit, claim, tolerance, 'images made on another network break')
+    return _control(
+        'transfer', hit, claim, tolerance, 'images made on another network break'
+    )
 
 # %% ../nbs/07a_hygiene.ipynb #2e99f1c1
 def check_gradient_free(
-    model,                # from pixels to logits
-    x:torch.Tensor,       # (N, C, H, W) images in [0, 1]
-    y:torch.Tensor,       # (N,) true classes
-    eps:float,            # radius
-    claim:torch.Tensor,   # (N,) bool, what the claimed attack has `broken`
-    n_queries:int=300,    # of `Square`, for each image
-    tolerance:float=0.02, # see above
-    seed:int=0,           # of its squares
-    p:float=math.inf,     # of the norm in which `eps` is measured
-)->Check:                 # measured: share of images broken
+    model,  # from pixels to logits
+    x: torch.Tensor,  # (N, C, H, W) images in [0, 1]
+    y: torch.Tensor,  # (N,) true classes
+    eps: float,  # radius
+    claim: torch.Tensor,  # (N,) bool, what the claimed attack has `broken`
+    n_queries: int = 300,  # of `Square`, for each image
+    tolerance: float = 0.02,  # see above
+    seed: int = 0,  # of its squares
+    p: float = math.inf,  # of the norm in which `eps` is measured
+) -> Check:  # measured: share of images broken
     "Is the attack better than one without gradients?"
     n_queries, tolerance = check_count(n_queries, 'n_queries'), _tolerance(tolerance)
-    if p is None: return not_run('no gradient', 'the claimed attack names no norm')
-    if p != math.inf: return not_run('no gradient', f'the Square attack keeps to an L∞ ball, and the claim is one in {_norm_name(p)}')
-    if x.ndim != 4: return not_run('no gradient', f'the Square attack paints squares, and inputs of shape {tuple(x.shape)} have no height and width')
+    if p is None:
+        return not_run('no gradient', 'the claimed attack names no norm')
+    if p != math.inf:
+        return not_run(
+            'no gradient',
+            f'the Square attack keeps to an L∞ ball, and the claim is one in {_norm_name(p)}',
+        )
+    if x.ndim != 4:
+        return not_run(
+            'no gradient',
+            f'the Square attack paints squares, and inputs of shape {tuple(x.shape)} have no height and width',
+        )
     hit = broken(model, x, y, Square(n_queries=n_queries, seed=seed), eps)
-    return _control('no gradient', hit, claim, tolerance, f'{n_queries} queries of the Square attack, which sees no gradient, break')
+    return _control(
+        'no gradient',
+        hit,
+        claim,
+        tolerance,
+        f'{n_queries} queries of the Square attack, which sees no gradient, break',
+    )
 
 # %% ../nbs/07a_hygiene.ipynb #77c4ea28
 def _logits(model, x, batch_size):
     with asking(model, x) as (m, device), torch.no_grad():
         return torch.cat([m(b.to(device)).double().cpu() for b in x.split(batch_size)])
 
-def _rounding(model): # how far two answers may be apart, as a share of the spread of the logits
+
+def _rounding(
+    model,
+):  # how far two answers may be apart, as a share of the spread of the logits
     kind = weight_type(model) if isinstance(model, nn.Module) else None
-    return 1e-3 if kind is None else max(1e-3, 16*torch.finfo(kind).eps)
+    return 1e-3 if kind is None else max(1e-3, 16 * torch.finfo(kind).eps)
+
 
 def check_randomness(
-    model,              # from pixels to logits
-    x:torch.Tensor,     # (N, …) images in [0, 1]
-    y:torch.Tensor,     # (N,) true classes
-    batch_size:int=512, # images a forward pass
-)->Check:               # measured: share of images with other logits
+    model,  # from pixels to logits
+    x: torch.Tensor,  # (N, …) images in [0, 1]
+    y: torch.Tensor,  # (N,) true classes
+    batch_size: int = 512,  # images a forward pass
+) -> Check:  # measured: share of images with other logits
     "Does the same image get the same answer twice?"
     check_pairs(x, y, batch_size)
     first, again, turned = (_logits(model, z, batch_size) for z in (x, x, x.flip(0)))
     spread = first.amax(1) - first.amin(1)
-    def other(logits): return _share((logits - first).abs().amax(1) > _rounding(model)*spread)
+
+    def other(logits):
+        return _share((logits - first).abs().amax(1) > _rounding(model) * spread)
+
     drawn, company = other(again), other(turned.flip(0))
-    if drawn: bad = f'{_percent(drawn)} of the images get other logits the second time: the network draws random numbers; attack the average over many answers, and report it'
-    else: bad = f'{_percent(company)} of the images get other logits in another order: the network looks at the whole batch, so no answer is one about an image'
-    return judged('randomness', max(drawn, company), '≤', 0., 'the same image gets the same answer', bad)
+    if drawn:
+        bad = f'{_percent(drawn)} of the images get other logits the second time: the network draws random numbers; attack the average over many answers, and report it'
+    else:
+        bad = f'{_percent(company)} of the images get other logits in another order: the network looks at the whole batch, so no answer is one about an image'
+    return judged(
+        'randomness',
+        max(drawn, company),
+        '≤',
+        0.0,
+        'the same image gets the same answer',
+        bad,
+    )
 
 # %% ../nbs/07a_hygiene.ipynb #ad6e7993
-def _attempted(name, check, *args, **kwargs): # a check; where it cannot be made, why
-    try: return check(*args, **kwargs)
+def _attempted(name, check, *args, **kwargs):  # a check; where it cannot be made, why
+    try:
+        return check(*args, **kwargs)
     except (ValueError, RuntimeError, TypeError, AssertionError) as problem:
         return not_run(name, (str(problem) or type(problem).__name__).splitlines()[0])
 
-def _claimed_radius(eps, p, bounds): # checked
+
+def _claimed_radius(eps, p, bounds):  # checked
     size, width = as_number(eps, 'eps'), bounds[1] - bounds[0]
-    if p == math.inf and not 0 <= size <= width: raise InputError(f'eps is {size:g}: it must lie in [0, {width:g}], the range of a pixel')
+    if p == math.inf and not 0 <= size <= width:
+        raise InputError(
+            f'eps is {size:g}: it must lie in [0, {width:g}], the range of a pixel'
+        )
     return check_positive(size, 'eps', zero=True)
 
+
 def _check_settings(source, n_queries, tolerance):
-    if source is not None and not isinstance(source, (nn.Module, fb.models.Model)): raise InputError(f'source is {type(source).__name__}: give another network')
+    if source is not None and not isinstance(source, (nn.Module, fb.models.Model)):
+        raise InputError(f'source is {type(source).__name__}: give another network')
     check_count(n_queries, 'n_queries')
     _tolerance(tolerance)
 
 # %% ../nbs/07a_hygiene.ipynb #f6137d97
 def hygiene(
-    model,                # from pixels to logits, or a foolbox model
-    x:torch.Tensor,       # (N, …) images within the bounds
-    y:torch.Tensor,       # (N,) true classes
-    eps:float,            # radius of the claim, in the norm of its attack
-    attack=None,          # the claimed attack; None: `PGD(rel_stepsize=0.1)`
+    model,  # from pixels to logits, or a foolbox model
+    x: torch.Tensor,  # (N, …) images within the bounds
+    y: torch.Tensor,  # (N,) true classes
+    eps: float,  # radius of the claim, in the norm of its attack
+    attack=None,  # the claimed attack; None: `PGD(rel_stepsize=0.1)`
     *,
-    losses=('cross-entropy', 'margin', 'dlr'), # of 'other losses'
-    source=None,          # another network, for 'transfer'
-    n_queries:int=300,    # of 'no gradient', for each image
-    tolerance:float=0.02, # how much better than the claimed attack is no objection
-    seed:int=0,           # of noise and squares
-)->pd.DataFrame:          # a row a check: `measured`, `rule`, `limit`, `passed` (None where it could not be run), `meaning`
+    losses=('cross-entropy', 'margin', 'dlr'),  # of 'other losses'
+    source=None,  # another network, for 'transfer'
+    n_queries: int = 300,  # of 'no gradient', for each image
+    tolerance: float = 0.02,  # how much better than the claimed attack is no objection
+    seed: int = 0,  # of noise and squares
+) -> pd.DataFrame:  # a row a check: `measured`, `rule`, `limit`, `passed` (None where it could not be run), `meaning`
     "All checks of the claim that `attack` measures the robustness of `model` at `eps`."
     attack = PGD(rel_stepsize=0.1) if attack is None else attack
-    check_pairs(x, y); _check_settings(source, n_queries, tolerance)
+    check_pairs(x, y)
+    _check_settings(source, n_queries, tolerance)
     losses, p, bounds = _as_list(losses), norm_of(attack), _range(model)
     x, eps = check_images(x, bounds), _claimed_radius(eps, p, bounds)
     a, t = (model, x, y), dict(tolerance=tolerance)
     claim = broken(*a, attack, eps)
     checks = {
         'other losses': (check_losses, eps, attack, losses, t),
-        'zero gradients': (check_zero_gradients, _own_loss(attack) or 'cross-entropy', t),
+        'zero gradients': (
+            check_zero_gradients,
+            _own_loss(attack) or 'cross-entropy',
+            t,
+        ),
         'more steps': (check_steps, eps, attack, t),
         'large ε': (check_large_eps, attack, {}),
         'no limit': (check_unbounded, None, p, {}),
         'random noise': (check_noise, eps, claim, dict(t, seed=seed, p=p)),
         'transfer': (check_transfer, eps, attack, claim, source, t),
-        'no gradient': (check_gradient_free, eps, claim, n_queries, dict(t, seed=seed, p=p)),
-        'randomness': (check_randomness, {})}
-    rows = [_attempted(name, check, *a, *args, **kwargs) for name, (check, *args, kwargs) in checks.items()]
+        'no gradient': (
+            check_gradient_free,
+            eps,
+            claim,
+            n_queries,
+            dict(t, seed=seed, p=p),
+        ),
+        'randomness': (check_randomness, {}),
+    }
+    rows = [
+        _attempted(name, check, *a, *args, **kwargs)
+        for name, (check, *args, kwargs) in checks.items()
+    ]
     table = pd.DataFrame(rows).set_index('check').astype({'passed': object})
-    table.attrs = dict(claim=f'{attack!r} at ε = {eps:g} leaves {_percent(1 - _share(claim))} of {len(x)} images', eps=eps, accuracy=1 - _share(claim))
+    table.attrs = dict(
+        claim=f'{attack!r} at ε = {eps:g} leaves {_percent(1 - _share(claim))} of {len(x)} images',
+        eps=eps,
+        accuracy=1 - _share(claim),
+    )
     return table
 
 # %% ../nbs/07a_hygiene.ipynb #a246540d
 def flags(
-    report:pd.DataFrame, # from `hygiene`
-)->list:                 # names of the checks that failed
+    report: pd.DataFrame,  # from `hygiene`
+) -> list:  # names of the checks that failed
     "What speaks against a claim."
-    return [name for name, passed in report['passed'].items() if passed is not None and not passed]
+    return [
+        name
+        for name, passed in report['passed'].items()
+        if passed is not None and not passed
+    ]
 
 # %% ../nbs/07a_hygiene.ipynb #f984688b
 def compare_checks(
-    reports:dict, # title → report from `hygiene`
-)->pd.DataFrame:  # a row a check, a column a network: ✓, ✗, or – where it was not run
+    reports: dict,  # title → report from `hygiene`
+) -> pd.DataFrame:  # a row a check, a column a network: ✓, ✗, or – where it was not run
     "Reports side by side."
     signs = {True: '✓', False: '✗', None: '–'}
-    return pd.DataFrame({title: [signs[p] for p in report['passed']] for title, report in reports.items()}, index=next(iter(reports.values())).index)
+    return pd.DataFrame(
+        {
+            title: [signs[p] for p in report['passed']]
+            for title, report in reports.items()
+        },
+        index=next(iter(reports.values())).index,
+    )

@@ -17,63 +17,81 @@ from .losses import ReverseCrossEntropyLoss
 # %% ../nbs/03d_learners.ipynb #32d7bea0
 class Attached(Callback):
     "Does something to its learner when it is added, and undoes it when it is removed, whatever happened in between."
+
     order, _learn = -5, None
 
-    def _check(self, learn): pass
-    def _enter(self, learn): pass
-    def _leave(self, learn): pass
+    def _check(self, learn):
+        pass
+
+    def _enter(self, learn):
+        pass
+
+    def _leave(self, learn):
+        pass
 
     @property
-    def learn(self): return self._learn
+    def learn(self):
+        return self._learn
+
     @learn.setter
     def learn(self, learn):
-        if learn is not None: self._check(learn)
-        if self._learn is not None: self._leave(self._learn)
+        if learn is not None:
+            self._check(learn)
+        if self._learn is not None:
+            self._leave(self._learn)
         self._learn = learn
-        if learn is not None: self._enter(learn)
+        if learn is not None:
+            self._enter(learn)
 
 # %% ../nbs/03d_learners.ipynb #417a30f6
 def class_axis(
-    loss_func, # a learner's loss
-)->int:        # the axis of the classes: fastai's losses name it, torch's have 1
+    loss_func,  # a learner's loss
+) -> int:  # the axis of the classes: fastai's losses name it, torch's have 1
     "Where a loss looks for the classes."
     return getattr(loss_func, 'axis', 1)
 
+
 def ignored_index(
-    loss_func, # a learner's loss: ours, torch's, fastai's, or a `partial` of a function
-)->int:        # torch's -100 where the loss does not say
+    loss_func,  # a learner's loss: ours, torch's, fastai's, or a `partial` of a function
+) -> int:  # torch's -100 where the loss does not say
     "The target that counts for nothing."
-    inner = getattr(loss_func, 'func', loss_func) # fastai's losses are built around torch's
+    inner = getattr(
+        loss_func, 'func', loss_func
+    )  # fastai's losses are built around torch's
     here = getattr(inner, 'ignore_index', getattr(loss_func, 'ignore_index', -100))
     return getattr(loss_func, 'keywords', {}).get('ignore_index', here)
 
 # %% ../nbs/03d_learners.ipynb #0fd88949
 def flattened(
-    logits:Tensor, # unnormalised scores, the classes on `axis`
-    target:Tensor, # class indices, as many as there are rows of logits, in any shape
-    axis:int=1,    # see `class_axis`
-)->tuple:          # logits (M, K) and target (M,)
+    logits: Tensor,  # unnormalised scores, the classes on `axis`
+    target: Tensor,  # class indices, as many as there are rows of logits, in any shape
+    axis: int = 1,  # see `class_axis`
+) -> tuple:  # logits (M, K) and target (M,)
     "Rows of logits and their targets, in the order in which fastai's losses flatten them."
-    if logits.ndim == 2 and target.ndim == 1: return logits, target
+    if logits.ndim == 2 and target.ndim == 1:
+        return logits, target
     rows = logits.movedim(axis, -1)
     return rows.reshape(-1, rows.shape[-1]), target.reshape(-1)
 
 # %% ../nbs/03d_learners.ipynb #2fff0ace
 def conceals(
-    loss_func, # a learner's loss
-)->bool:
+    loss_func,  # a learner's loss
+) -> bool:
     "Does this loss train logits that are read with a minus sign?"
-    return isinstance(loss_func, ReverseCrossEntropyLoss) and not getattr(loss_func, 'negated', False)
+    return isinstance(loss_func, ReverseCrossEntropyLoss) and not getattr(
+        loss_func, 'negated', False
+    )
 
 # %% ../nbs/03d_learners.ipynb #2d53f2f9
 def as_predicted(
-    learn:Learner, # in a batch: `learn.xb` and `learn.yb` are there
-    output,        # what the network returned
-    cbs=None,      # the callbacks that have an `after_pred`, in their order, where they are known; None: the learner's
-):                 # what the loss would be given
+    learn: Learner,  # in a batch: `learn.xb` and `learn.yb` are there
+    output,  # what the network returned
+    cbs=None,  # the callbacks that have an `after_pred`, in their order, where they are known; None: the learner's
+):  # what the loss would be given
     "The prediction that the learner's callbacks make of `output`, by their `after_pred` in their order; it is left in `learn.pred`."
     learn.pred = output
-    for cb in learn.ordered_cbs('after_pred') if cbs is None else cbs: cb('after_pred')
+    for cb in learn.ordered_cbs('after_pred') if cbs is None else cbs:
+        cb('after_pred')
     return learn.pred
 
 # %% ../nbs/03d_learners.ipynb #6c5cf2c8
@@ -81,7 +99,8 @@ _fastai_after_batch = LRFinder.after_batch
 
 # %% ../nbs/03d_learners.ipynb #34006881
 @patch
-def after_batch(self:LRFinder):
+def after_batch(self: LRFinder):
     "Record this batch, and perhaps stop: fastai's rule, for losses that are not below 0."
-    if self.smooth_loss < 0: self.stop_div = False
+    if self.smooth_loss < 0:
+        self.stop_div = False
     _fastai_after_batch(self)

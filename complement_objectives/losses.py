@@ -18,323 +18,446 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 # %% ../nbs/01_losses.ipynb #e8d69b7e
-def _low(dtype:torch.dtype)->float: # a huge negative number, with room for a large weight
-    return torch.finfo(dtype).min/2**40
+def _low(
+    dtype: torch.dtype,
+) -> float:  # a huge negative number, with room for a large weight
+    return torch.finfo(dtype).min / 2**40
+
 
 def _mask(
-    z:Tensor, # (M, K) logits
-    t:Tensor, # (M,) true classes
-)->tuple:     # logits with the true class at a huge negative number, where that is
+    z: Tensor,  # (M, K) logits
+    t: Tensor,  # (M,) true classes
+) -> tuple:  # logits with the true class at a huge negative number, where that is
     "Take the true class, and any at -inf, out of the running without an infinity."
     low = _low(z.dtype)
-    g = torch.arange(z.shape[1], device=z.device)==t[:,None]
-    return z.clamp(min=2*low).masked_fill(g, low), g
+    g = torch.arange(z.shape[1], device=z.device) == t[:, None]
+    return z.clamp(min=2 * low).masked_fill(g, low), g
 
 # %% ../nbs/01_losses.ipynb #29cbd510
 def _stats(
-    z:Tensor, # (M, K) logits
-    t:Tensor, # (M,) true classes
-)->tuple:     # (M,) log-odds of the true class, (M,) complement entropy in nats
+    z: Tensor,  # (M, K) logits
+    t: Tensor,  # (M,) true classes
+) -> tuple:  # (M,) log-odds of the true class, (M,) complement entropy in nats
     "Log-odds and complement entropy (COT Eq 2) of each row, in float32 or better."
-    if z.dtype in (torch.float16, torch.bfloat16): z = z.float()
-    d,g = _mask(z, t)
+    if z.dtype in (torch.float16, torch.bfloat16):
+        z = z.float()
+    d, g = _mask(z, t)
     top = d.detach().amax(1, keepdim=True)
-    odds = (z.gather(1, t[:,None])-top).squeeze(1) - (d-top).logsumexp(1)
+    odds = (z.gather(1, t[:, None]) - top).squeeze(1) - (d - top).logsumexp(1)
     logq = d.log_softmax(1)
-    return odds, -(logq.exp()*logq.masked_fill(g, 0)).sum(1)
+    return odds, -(logq.exp() * logq.masked_fill(g, 0)).sum(1)
 
 # %% ../nbs/01_losses.ipynb #199b5ed6
 def _masked(
-    z:Tensor, # (M, K) logits
-    t:Tensor, # (M, 1) true classes
-)->Tensor:    # copy of the logits with the true class at a huge negative number
+    z: Tensor,  # (M, K) logits
+    t: Tensor,  # (M, 1) true classes
+) -> Tensor:  # copy of the logits with the true class at a huge negative number
     "`_mask` by index."
     low = _low(z.dtype)
-    fill = low if z.numel()<2**15 else torch.full_like(t, low, dtype=z.dtype) # the faster one of two
-    return z.clamp_min(2*low).scatter_(1, t, fill)
+    fill = (
+        low if z.numel() < 2**15 else torch.full_like(t, low, dtype=z.dtype)
+    )  # the faster one of two
+    return z.clamp_min(2 * low).scatter_(1, t, fill)
+
 
 def _others(
-    z:Tensor, # (M, K) logits
-    t:Tensor, # (M, 1) true classes
-)->tuple:     # x with log q = x + c, q, c, and the largest wrong logit
+    z: Tensor,  # (M, K) logits
+    t: Tensor,  # (M, 1) true classes
+) -> tuple:  # x with log q = x + c, q, c, and the largest wrong logit
     "Softmax `q` over the wrong classes, from one exponential, with its logarithm up to a constant of the row."
     x = _masked(z, t)
     top = x.amax(1, keepdim=True)
     q = x.sub_(top).softmax(1)
     return x, q, q.amax(1, keepdim=True).log_(), top
 
+
 def _inner(
-    x:Tensor,  # (M, K), overwritten
-    q,         # (M, K), or a number
-    each:bool, # keep the rows apart?
-)->Tensor:     # (M,) or a number
+    x: Tensor,  # (M, K), overwritten
+    q,  # (M, K), or a number
+    each: bool,  # keep the rows apart?
+) -> Tensor:  # (M,) or a number
     "Inner product of the rows of two matrices, or of the matrices."
     return x.mul_(q).sum(1) if each else x.mul_(q).sum()
 
+
 def _softmax_gradient(
-    x:Tensor,   # (M, K) gradient with respect to the softmax
-    q:Tensor,   # (M, K) the softmax
-    out:Tensor, # (M, K) to be filled with the gradient with respect to its input
+    x: Tensor,  # (M, K) gradient with respect to the softmax
+    q: Tensor,  # (M, K) the softmax
+    out: Tensor,  # (M, K) to be filled with the gradient with respect to its input
 ):
     "q*(x - sum(q*x)), by torch's own kernel where this torch has it."
     kernel = getattr(torch, '_softmax_backward_data', None)
-    if kernel: kernel(x, q, 1, q.dtype, grad_input=out)
-    else: torch.addcmul(x*q, q, (x*q).sum(1, keepdim=True), value=-1, out=out)
+    if kernel:
+        kernel(x, q, 1, q.dtype, grad_input=out)
+    else:
+        torch.addcmul(x * q, q, (x * q).sum(1, keepdim=True), value=-1, out=out)
 
 # %% ../nbs/01_losses.ipynb #06237665
 def _entropy_closed(
-    z:Tensor,   # (M, K) logits
-    t:Tensor,   # (M, 1) true classes
-    w,          # weight: a number, or (M, 1)
-    each:bool,  # keep the rows apart?
-    out:Tensor, # (M, K) to be filled with the gradient, or None
-)->Tensor:      # -w*H, (M,) or summed
+    z: Tensor,  # (M, K) logits
+    t: Tensor,  # (M, 1) true classes
+    w,  # weight: a number, or (M, 1)
+    each: bool,  # keep the rows apart?
+    out: Tensor,  # (M, K) to be filled with the gradient, or None
+) -> Tensor:  # -w*H, (M,) or summed
     "Minus the complement entropy and its gradient."
-    if z.numel()<2**15:
-        q = (x:=_masked(z, t).log_softmax(1)).exp()
+    if z.numel() < 2**15:
+        q = (x := _masked(z, t).log_softmax(1)).exp()
         x.mul_(w)
-        if out is not None: _softmax_gradient(x, q, out)
+        if out is not None:
+            _softmax_gradient(x, q, out)
         return _inner(x, q, each)
-    x,q,c,_ = _others(z, t)
+    x, q, c, _ = _others(z, t)
     m = x.mul_(q).sum(1, keepdim=True)
-    if out is not None: torch.addcmul(x, q, m, value=-1, out=out).mul_(w)
+    if out is not None:
+        torch.addcmul(x, q, m, value=-1, out=out).mul_(w)
     return _inner(c.add_(m), w, each)
 
 # %% ../nbs/01_losses.ipynb #56b64cb2
 def _cleared(
-    z:Tensor,         # (M, K) logits
-    keep:Tensor,      # (M, 1) rows that count, or None for all
-    room:Tensor=None, # (M, K) to be overwritten, if there is such a buffer
-)->Tensor:            # the logits, with 0 in the rows that do not count
+    z: Tensor,  # (M, K) logits
+    keep: Tensor,  # (M, 1) rows that count, or None for all
+    room: Tensor = None,  # (M, K) to be overwritten, if there is such a buffer
+) -> Tensor:  # the logits, with 0 in the rows that do not count
     "Keep the logits of ignored rows, NaN perhaps, out of everything."
-    if keep is None: return z
+    if keep is None:
+        return z
     zero = z.new_zeros(())
-    return torch.where(keep, z, zero) if room is None else torch.where(keep, z, zero, out=room)
+    return (
+        torch.where(keep, z, zero)
+        if room is None
+        else torch.where(keep, z, zero, out=room)
+    )
+
 
 def _block(
-    z:Tensor,    # (m, K) logits
-    t:Tensor,    # (m, 1) true classes
-    keep:Tensor, # (m, 1) rows that count, or None for all
-    closed,      # closed form
-    w,           # weight: a number, or (m, 1)
-    each:bool,   # keep the rows apart?
-    grad:Tensor, # (m, K) to be filled, in the dtype of `z`, or None
-)->Tensor:       # loss, (m,) or summed
+    z: Tensor,  # (m, K) logits
+    t: Tensor,  # (m, 1) true classes
+    keep: Tensor,  # (m, 1) rows that count, or None for all
+    closed,  # closed form
+    w,  # weight: a number, or (m, 1)
+    each: bool,  # keep the rows apart?
+    grad: Tensor,  # (m, K) to be filled, in the dtype of `z`, or None
+) -> Tensor:  # loss, (m,) or summed
     "Run a closed form on one block, in float32 or better."
     z = _cleared(z, keep, grad)
-    if z.dtype in (torch.float32, torch.float64): return closed(z, t, w, each, grad)
+    if z.dtype in (torch.float32, torch.float64):
+        return closed(z, t, w, each, grad)
     z = z.float()
     out = None if grad is None else torch.empty_like(z)
     loss = closed(z, t, w, each, out)
-    if grad is not None: grad.copy_(out)
+    if grad is not None:
+        grad.copy_(out)
     return loss
 
 # %% ../nbs/01_losses.ipynb #dfe5d4c2
 def _blocks(
-    z:Tensor,    # (M, K) logits
-    t:Tensor,    # (M, 1) true classes
-    keep:Tensor, # (M, 1) rows that count, or None for all
-    closed,      # closed form
-    w,           # weight: a number, or (M, 1)
-    each:bool,   # keep the rows apart?
-    grad:Tensor, # (M, K) to be filled, or None
-)->Tensor:       # loss, (M,) or summed
+    z: Tensor,  # (M, K) logits
+    t: Tensor,  # (M, 1) true classes
+    keep: Tensor,  # (M, 1) rows that count, or None for all
+    closed,  # closed form
+    w,  # weight: a number, or (M, 1)
+    each: bool,  # keep the rows apart?
+    grad: Tensor,  # (M, K) to be filled, or None
+) -> Tensor:  # loss, (M,) or summed
     "Run a closed form over blocks of rows, about 2 MB each on a CPU, 256 MB elsewhere."
-    n = max(2, (2**19 if z.device.type=='cpu' else 2**26)//z.shape[1]//2*2)
-    part = lambda x,a: x[a:a+n] if isinstance(x, Tensor) else x
-    res = [_block(z[a:a+n], t[a:a+n], part(keep,a), closed, part(w,a), each, part(grad,a)) for a in range(0, len(z), n)]
+    n = max(2, (2**19 if z.device.type == 'cpu' else 2**26) // z.shape[1] // 2 * 2)
+    part = lambda x, a: x[a : a + n] if isinstance(x, Tensor) else x
+    res = [
+        _block(
+            z[a : a + n],
+            t[a : a + n],
+            part(keep, a),
+            closed,
+            part(w, a),
+            each,
+            part(grad, a),
+        )
+        for a in range(0, len(z), n)
+    ]
     return torch.cat(res) if each else torch.stack(res).sum()
 
 # %% ../nbs/01_losses.ipynb #391a3450
 def _weigh(
-    rows:Tensor, # (M,) value of each row
-    w,           # weight: a number, or (M,)
-    each:bool,   # keep the rows apart?
-)->Tensor:       # weighted rows, or their sum
+    rows: Tensor,  # (M,) value of each row
+    w,  # weight: a number, or (M,)
+    each: bool,  # keep the rows apart?
+) -> Tensor:  # weighted rows, or their sum
     "Weight the rows and sum them."
-    if each: return rows*w
-    return (rows*w).sum() if isinstance(w, Tensor) else rows.sum()*w
+    if each:
+        return rows * w
+    return (rows * w).sum() if isinstance(w, Tensor) else rows.sum() * w
 
 # %% ../nbs/01_losses.ipynb #4b85059e
 def _run(
-    z:Tensor,    # (M, K) logits
-    t:Tensor,    # (M,) true classes
-    keep:Tensor, # (M,) rows that count, or None for all
-    closed,      # closed form
-    w,           # weight: a number, or (M,)
-    each:bool,   # keep the rows apart?
-    grad:Tensor, # (M, K) to be filled, unweighted in half precision, or None
-)->Tensor:       # loss, (M,) or summed
+    z: Tensor,  # (M, K) logits
+    t: Tensor,  # (M,) true classes
+    keep: Tensor,  # (M,) rows that count, or None for all
+    closed,  # closed form
+    w,  # weight: a number, or (M,)
+    each: bool,  # keep the rows apart?
+    grad: Tensor,  # (M, K) to be filled, unweighted in half precision, or None
+) -> Tensor:  # loss, (M,) or summed
     "Run a closed form on all rows, at once if they are few."
-    z,t,keep = z.contiguous(),t.unsqueeze(1),None if keep is None else keep.unsqueeze(1)
-    if z.dtype in (torch.float16, torch.bfloat16): return _weigh(_blocks(z, t, keep, closed, 1., True, grad), w, each)
-    if isinstance(w, Tensor): w = w.unsqueeze(1)
-    return (_block if z.numel()<=2**19 else _blocks)(z, t, keep, closed, w, each, grad)
+    z, t, keep = (
+        z.contiguous(),
+        t.unsqueeze(1),
+        None if keep is None else keep.unsqueeze(1),
+    )
+    if z.dtype in (torch.float16, torch.bfloat16):
+        return _weigh(_blocks(z, t, keep, closed, 1.0, True, grad), w, each)
+    if isinstance(w, Tensor):
+        w = w.unsqueeze(1)
+    return (_block if z.numel() <= 2**19 else _blocks)(
+        z, t, keep, closed, w, each, grad
+    )
 
 # %% ../nbs/01_losses.ipynb #edeffc87
 class _ClosedForm(torch.autograd.Function):
     "A loss of rows with its gradient in closed form, differentiable any number of times."
+
     @staticmethod
     def forward(ctx, z, t, keep, plain, closed, w, each):
         ctx.save_for_backward(z, t)
-        ctx.args = keep,plain,closed,w,each
-        ctx.ready = torch.empty_like(z, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
+        ctx.args = keep, plain, closed, w, each
+        ctx.ready = (
+            torch.empty_like(z, memory_format=torch.contiguous_format)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         return _run(z, t, keep, closed, w, each, ctx.ready)
+
     @staticmethod
     def backward(ctx, g):
-        if torch.is_grad_enabled(): return _again(ctx, g), None, None, None, None, None, None
-        grad,ctx.ready = ctx.ready if ctx.ready is not None else _again(ctx),None
-        if grad.dtype in (torch.float16, torch.bfloat16): g = g*ctx.args[3]
-        return _scaled(grad, g[:,None] if g.ndim else g), None, None, None, None, None, None
+        if torch.is_grad_enabled():
+            return _again(ctx, g), None, None, None, None, None, None
+        grad, ctx.ready = ctx.ready if ctx.ready is not None else _again(ctx), None
+        if grad.dtype in (torch.float16, torch.bfloat16):
+            g = g * ctx.args[3]
+        return (
+            _scaled(grad, g[:, None] if g.ndim else g),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
 def _scaled(
-    grad:Tensor, # (M, K), overwritten where nothing else needs it
-    g:Tensor,    # a number, or (M, 1)
-)->Tensor:       # (M, K) product
+    grad: Tensor,  # (M, K), overwritten where nothing else needs it
+    g: Tensor,  # a number, or (M, 1)
+) -> Tensor:  # (M, K) product
     "Multiply the gradient by what comes from above, unless that is 1."
-    if _traced(g) or _many(g): return grad*g
-    return grad if not g.ndim and g.device.type=='cpu' and g.item()==1 else grad.mul_(g)
+    if _traced(g) or _many(g):
+        return grad * g
+    return (
+        grad
+        if not g.ndim and g.device.type == 'cpu' and g.item() == 1
+        else grad.mul_(g)
+    )
+
+
 def _again(
-    ctx,           # what `_ClosedForm.forward` left
-    g:Tensor=None, # gradient with respect to the loss, for a result to be differentiated again
-)->Tensor:         # (M, K) gradient with respect to the logits
+    ctx,  # what `_ClosedForm.forward` left
+    g: Tensor = None,  # gradient with respect to the loss, for a result to be differentiated again
+) -> Tensor:  # (M, K) gradient with respect to the logits
     "The gradient once more: from the plain formula given `g`, else as `forward` left it."
-    (z,t),(keep,plain,closed,w,each) = ctx.saved_tensors,ctx.args
-    if g is not None: return torch.autograd.grad(_plain_form(z, t, keep, plain, closed, w, each), z, g, create_graph=True)[0]
+    (z, t), (keep, plain, closed, w, each) = ctx.saved_tensors, ctx.args
+    if g is not None:
+        return torch.autograd.grad(
+            _plain_form(z, t, keep, plain, closed, w, each), z, g, create_graph=True
+        )[0]
     grad = torch.empty_like(z, memory_format=torch.contiguous_format)
     _run(z, t, keep, closed, w, each, grad)
     return grad
 
 # %% ../nbs/01_losses.ipynb #c2350c08
-_transformed = getattr(torch._C, '_are_functorch_transforms_active', lambda: True) # is a torch.func transform at work?
-_many = getattr(getattr(torch._C, '_functorch', None), 'is_legacy_batchedtensor', lambda g: True) # many gradients at once, by `is_grads_batched`?
+_transformed = getattr(
+    torch._C, '_are_functorch_transforms_active', lambda: True
+)  # is a torch.func transform at work?
+_many = getattr(
+    getattr(torch._C, '_functorch', None), 'is_legacy_batchedtensor', lambda g: True
+)  # many gradients at once, by `is_grads_batched`?
+
 
 def _traced(
-    x:Tensor=None, # logits, or a gradient
-)->bool:           # is somebody following the operations, or are there no values?
+    x: Tensor = None,  # logits, or a gradient
+) -> bool:  # is somebody following the operations, or are there no values?
     "Whether plain operations are called for."
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed(): return True
-    return x is not None and (type(x) is not Tensor or x.is_meta or unpack_dual(x)[1] is not None)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed():
+        return True
+    return x is not None and (
+        type(x) is not Tensor or x.is_meta or unpack_dual(x)[1] is not None
+    )
 
 # %% ../nbs/01_losses.ipynb #bd70c491
 def _untyped(
-    x:Tensor, # any tensor
-)->Tensor:    # the same data
+    x: Tensor,  # any tensor
+) -> Tensor:  # the same data
     "Drop a subclass such as fastai's `TensorImage`, which refuses to meet a `TensorMask`."
-    if type(x) is Tensor or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__: return x
+    if type(x) is Tensor or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return x
     return x.as_subclass(Tensor)
 
+
 def _sizes(
-    x:Tensor, # any tensor
-)->tuple:     # its shape, as plain numbers, which `torch.jit.trace` takes for constants
+    x: Tensor,  # any tensor
+) -> tuple:  # its shape, as plain numbers, which `torch.jit.trace` takes for constants
     "The shape, for checks and constants."
-    if not torch.jit.is_tracing(): return x.shape
+    if not torch.jit.is_tracing():
+        return x.shape
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', torch.jit.TracerWarning)
         return tuple(int(n) for n in x.shape)
 
+
 def _n_classes(
-    logits:Tensor, # (N, K) or (N, K, d1, …) unnormalised scores
-)->int:            # K, 0 where there is no such axis
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+) -> int:  # K, 0 where there is no such axis
     "How many classes there are."
-    return _sizes(logits)[1] if logits.ndim>1 else 0
+    return _sizes(logits)[1] if logits.ndim > 1 else 0
 
 # %% ../nbs/01_losses.ipynb #1d39472d
 def _rows(
-    logits:Tensor, # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor, # (N,) or (N, d1, …) class indices, or with an axis of one in addition
-)->tuple:          # logits as (M, K), target as (M,) int64, K
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    target: Tensor,  # (N,) or (N, d1, …) class indices, or with an axis of one in addition
+) -> tuple:  # logits as (M, K), target as (M,) int64, K
     "Check shapes and dtypes, then bring the class axis last and flatten the others."
-    logits,target = _untyped(logits),_untyped(target)
-    n,k,*d = sizes = _sizes(logits) if logits.ndim>1 else (0,0)
-    if k<2: raise ValueError(f"logits must be (N, K) or (N, K, d1, …) with K ≥ 2 classes, got {tuple(logits.shape)}")
-    if target.is_floating_point(): raise ValueError("target must hold class indices, not probabilities; for Mixup blend the losses of both targets, as fastai does when y_int is True")
+    logits, target = _untyped(logits), _untyped(target)
+    n, k, *d = sizes = _sizes(logits) if logits.ndim > 1 else (0, 0)
+    if k < 2:
+        raise ValueError(
+            f'logits must be (N, K) or (N, K, d1, …) with K ≥ 2 classes, got {tuple(logits.shape)}'
+        )
+    if target.is_floating_point():
+        raise ValueError(
+            'target must hold class indices, not probabilities; for Mixup blend the losses of both targets, as fastai does when y_int is True'
+        )
     got = _sizes(target)
-    if got!=(n,*d) and tuple(got) not in ((n,1,*d), (n,*d,1)): raise ValueError(f"target must have shape {(n,*d)} for logits of shape {tuple(sizes)}, got {tuple(got)}")
-    if logits.device!=target.device: raise ValueError(f"logits and target must be on one device, got {logits.device} and {target.device}")
-    if d: logits = logits.movedim(1, -1).reshape(-1, k)
-    if target.ndim>1: target = target.reshape(-1)
-    return logits, target if target.dtype==torch.int64 else target.long(), k
+    if got != (n, *d) and tuple(got) not in ((n, 1, *d), (n, *d, 1)):
+        raise ValueError(
+            f'target must have shape {(n, *d)} for logits of shape {tuple(sizes)}, got {tuple(got)}'
+        )
+    if logits.device != target.device:
+        raise ValueError(
+            f'logits and target must be on one device, got {logits.device} and {target.device}'
+        )
+    if d:
+        logits = logits.movedim(1, -1).reshape(-1, k)
+    if target.ndim > 1:
+        target = target.reshape(-1)
+    return logits, target if target.dtype == torch.int64 else target.long(), k
 
 # %% ../nbs/01_losses.ipynb #b001215c
 def _kept(
-    t:Tensor,         # (M,) targets, on a CPU
-    k:int,            # number of classes
-    ignore_index:int, # targets that count for nothing
-)->Tensor:            # (M,) rows that count, or None where all do
+    t: Tensor,  # (M,) targets, on a CPU
+    k: int,  # number of classes
+    ignore_index: int,  # targets that count for nothing
+) -> Tensor:  # (M,) rows that count, or None where all do
     "Find the ignored rows, and refuse a target that is neither a class nor ignored."
     if len(t):
-        low,high = (v.tolist() for v in t.aminmax())
-        if low>=0 and high<k and not low<=ignore_index<=high: return None
-    keep = t!=ignore_index
-    bad = t[keep & ((t<0)|(t>=k))]
-    if len(bad): raise ValueError(f"target {bad[0].item()} is out of bounds: {k} classes have the indices 0 to {k-1}, and ignore_index is {ignore_index}")
+        low, high = (v.tolist() for v in t.aminmax())
+        if low >= 0 and high < k and not low <= ignore_index <= high:
+            return None
+    keep = t != ignore_index
+    bad = t[keep & ((t < 0) | (t >= k))]
+    if len(bad):
+        raise ValueError(
+            f'target {bad[0].item()} is out of bounds: {k} classes have the indices 0 to {k - 1}, and ignore_index is {ignore_index}'
+        )
     return None if keep.all() else keep
 
+
 def _looked_up(
-    t:Tensor, # (M,) targets whose values are not known
-    k:int,    # number of classes
-)->Tensor:    # (M,) the same
+    t: Tensor,  # (M,) targets whose values are not known
+    k: int,  # number of classes
+) -> Tensor:  # (M,) the same
     "The targets out of a list of the classes, which refuses all others."
     return torch.arange(k, device=t.device).gather(0, t)
 
+
 def _row_weights(
-    t:Tensor,          # (M,) true classes, any class where the row does not count
-    keep:Tensor,       # (M,) rows that count, or None for all
-    weight:Tensor,     # (K,) weight of each class, or None
-    mean:bool,         # divide by the sum?
-    scale:float,       # factor of all
-    dtype:torch.dtype, # of the logits
-)->tuple:              # weight of the rows: a number, or (M,); what to add to the mean: None, or 0, NaN where nothing counts
+    t: Tensor,  # (M,) true classes, any class where the row does not count
+    keep: Tensor,  # (M,) rows that count, or None for all
+    weight: Tensor,  # (K,) weight of each class, or None
+    mean: bool,  # divide by the sum?
+    scale: float,  # factor of all
+    dtype: torch.dtype,  # of the logits
+) -> tuple:  # weight of the rows: a number, or (M,); what to add to the mean: None, or 0, NaN where nothing counts
     "Row weights of `F.cross_entropy`, whose mean divides by their sum."
-    if weight is None and keep is None: return (scale if not mean else scale/len(t) if len(t) else math.nan), None
+    if weight is None and keep is None:
+        return (scale if not mean else scale / len(t) if len(t) else math.nan), None
     dtype = torch.promote_types(dtype, torch.float32)
     w = keep.to(dtype) if weight is None else weight.to(dtype)[t]
-    if weight is not None and keep is not None: w = w.masked_fill(~keep, 0)
-    if not mean: return w*scale, None
+    if weight is not None and keep is not None:
+        w = w.masked_fill(~keep, 0)
+    if not mean:
+        return w * scale, None
     total = w.sum()
-    return w*(scale/total.masked_fill(total==0, 1)), 0/total
+    return w * (scale / total.masked_fill(total == 0, 1)), 0 / total
 
 # %% ../nbs/01_losses.ipynb #a0f1c3e8
 def _plain_form(
-    z:Tensor,    # (M, K) logits
-    t:Tensor,    # (M,) true classes
-    keep:Tensor, # (M,) rows that count, or None for all
-    plain,       # (z, t) -> (M,) values, by plain operations
-    closed,      # closed form, not used
-    w,           # weight: a number, or (M,)
-    each:bool,   # keep the rows apart?
-)->Tensor:       # weighted rows, or their sum
+    z: Tensor,  # (M, K) logits
+    t: Tensor,  # (M,) true classes
+    keep: Tensor,  # (M,) rows that count, or None for all
+    plain,  # (z, t) -> (M,) values, by plain operations
+    closed,  # closed form, not used
+    w,  # weight: a number, or (M,)
+    each: bool,  # keep the rows apart?
+) -> Tensor:  # weighted rows, or their sum
     "What `_ClosedForm.apply` computes, by plain operations, in float32 or better."
-    z = _cleared(z, None if keep is None else keep[:,None])
-    if z.dtype in (torch.float16, torch.bfloat16): z = z.float()
+    z = _cleared(z, None if keep is None else keep[:, None])
+    if z.dtype in (torch.float16, torch.bfloat16):
+        z = z.float()
     return _weigh(plain(z, t), w, each)
 
 # %% ../nbs/01_losses.ipynb #39e057e9
 def _check_reduction(
-    reduction, # must be one of three words
+    reduction,  # must be one of three words
 ):
     "Refuse anything but 'none', 'mean' and 'sum'."
-    if not isinstance(reduction, str) or reduction not in ('none','mean','sum'): raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if not isinstance(reduction, str) or reduction not in ('none', 'mean', 'sum'):
+        raise ValueError(
+            f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}"
+        )
+
 
 def _check_number(
-    name:str, # of the parameter
-    value,    # must be a number
+    name: str,  # of the parameter
+    value,  # must be a number
 ):
     "Refuse what is no number, such as class weights by position, where `nn.CrossEntropyLoss` takes them."
-    if isinstance(value, (int,float)) or getattr(value, 'ndim', 1)==0: return
-    raise ValueError(f"{name} must be a number, got {type(value).__name__}; class weights go by keyword, weight=…")
+    if isinstance(value, (int, float)) or getattr(value, 'ndim', 1) == 0:
+        return
+    raise ValueError(
+        f'{name} must be a number, got {type(value).__name__}; class weights go by keyword, weight=…'
+    )
+
 
 def _class_weights(
-    weight:Tensor, # (K,) weight of each class
-    z:Tensor,      # (M, K) logits
-    k:int,         # number of classes
-)->Tensor:         # the same, without a subclass
+    weight: Tensor,  # (K,) weight of each class
+    z: Tensor,  # (M, K) logits
+    k: int,  # number of classes
+) -> Tensor:  # the same, without a subclass
     "Refuse class weights that do not fit the logits."
-    if not isinstance(weight, Tensor) or tuple(_sizes(weight))!=(k,):
-        got = f'shape {tuple(weight.shape)}' if isinstance(weight, Tensor) else repr(weight)
-        raise ValueError(f"weight must be a tensor of shape ({k},), one number for each class, got {got}")
-    if weight.device!=z.device: raise ValueError(f"weight must be on the device of the logits, {z.device}, got {weight.device}")
+    if not isinstance(weight, Tensor) or tuple(_sizes(weight)) != (k,):
+        got = (
+            f'shape {tuple(weight.shape)}'
+            if isinstance(weight, Tensor)
+            else repr(weight)
+        )
+        raise ValueError(
+            f'weight must be a tensor of shape ({k},), one number for each class, got {got}'
+        )
+    if weight.device != z.device:
+        raise ValueError(
+            f'weight must be on the device of the logits, {z.device}, got {weight.device}'
+        )
     return _untyped(weight)
+
 
 def _teach_fastai():
     "Where fastai is in use, its `lr_find` learns of losses below 0, whichever of the two was imported first."
@@ -342,249 +465,363 @@ def _teach_fastai():
     if 'fastai.callback.schedule' in sys.modules and not taught:
         importlib.import_module('complement_objectives.learners')
 
+
 def _learned(
-    weight:Tensor, # (K,) weight of each class, or None
-)->bool:           # would a gradient, or a tangent, pass through them?
+    weight: Tensor,  # (K,) weight of each class, or None
+) -> bool:  # would a gradient, or a tangent, pass through them?
     "Whether the class weights are learned, which the closed forms know nothing of."
-    if weight is None: return False
+    if weight is None:
+        return False
     return weight.requires_grad or unpack_dual(weight)[1] is not None
 
+
 def _loss(
-    logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
-    plain,                 # (z, t) -> (M,) values, by plain operations
-    closed=None,           # (z, t, w, each, out) -> loss, gradient into out; None to leave that to autograd
-    scale:float=1.,        # factor of the values
-    weight:Tensor=None,    # (K,) weight of each class
-    ignore_index:int=-100, # targets that count for nothing
-    reduction:str='mean',  # 'none', 'mean' or 'sum'
-)->Tensor:                 # a number, or (N,) or (N, d1, …)
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
+    plain,  # (z, t) -> (M,) values, by plain operations
+    closed=None,  # (z, t, w, each, out) -> loss, gradient into out; None to leave that to autograd
+    scale: float = 1.0,  # factor of the values
+    weight: Tensor = None,  # (K,) weight of each class
+    ignore_index: int = -100,  # targets that count for nothing
+    reduction: str = 'mean',  # 'none', 'mean' or 'sum'
+) -> Tensor:  # a number, or (N,) or (N, d1, …)
     "Check, weight, evaluate and reduce."
     _check_reduction(reduction)
-    z,t,k = _rows(logits, target)
-    if weight is not None: weight = _class_weights(weight, z, k)
-    each,traced = reduction=='none',_traced(z)
-    if not traced: _teach_fastai()
-    if traced or t.device.type!='cpu': keep = t!=ignore_index
-    else: keep = _kept(t, k, ignore_index)
-    if keep is not None: t = t*keep
-    if traced: t = _looked_up(t, k)
-    w,empty = _row_weights(t, keep, weight, reduction=='mean', scale, z.dtype)
+    z, t, k = _rows(logits, target)
+    if weight is not None:
+        weight = _class_weights(weight, z, k)
+    each, traced = reduction == 'none', _traced(z)
+    if not traced:
+        _teach_fastai()
+    if traced or t.device.type != 'cpu':
+        keep = t != ignore_index
+    else:
+        keep = _kept(t, k, ignore_index)
+    if keep is not None:
+        t = t * keep
+    if traced:
+        t = _looked_up(t, k)
+    w, empty = _row_weights(t, keep, weight, reduction == 'mean', scale, z.dtype)
     by_hand = closed is None or traced or not len(t) or _learned(weight)
     form = _plain_form if by_hand else _ClosedForm.apply
     loss = form(z, t, keep, plain, closed, w, each)
-    if empty is not None: loss = loss+empty
-    return loss.reshape(logits.select(1, 0).shape) if each and logits.ndim>2 else loss
+    if empty is not None:
+        loss = loss + empty
+    return loss.reshape(logits.select(1, 0).shape) if each and logits.ndim > 2 else loss
 
 # %% ../nbs/01_losses.ipynb #6a09ee86
 def complement_entropy(
-    logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
-    reduction:str='mean',  # 'none', 'mean' or 'sum'
-)->Tensor:                 # entropy in nats, between 0 and log(K-1)
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
+    reduction: str = 'mean',  # 'none', 'mean' or 'sum'
+) -> Tensor:  # entropy in nats, between 0 and log(K-1)
     "Entropy of the softmax over the wrong classes: COT Eq 2."
-    return _loss(logits, target, _entropy_plain, _entropy_closed, -1., reduction=reduction)
+    return _loss(
+        logits, target, _entropy_plain, _entropy_closed, -1.0, reduction=reduction
+    )
 
-def _entropy_plain(z, t): return -_stats(z, t)[1]
+
+def _entropy_plain(z, t):
+    return -_stats(z, t)[1]
 
 # %% ../nbs/01_losses.ipynb #22792ec0
 def complement_entropy_loss(
-    logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
     *,
-    normalize:bool=True,   # divide by K-1 (COT Eq 3)?
-    weight:Tensor=None,    # (K,) weight of each class
-    ignore_index:int=-100, # targets that count for nothing
-    reduction:str='mean',  # 'none', 'mean' or 'sum'
-)->Tensor:                 # -H/(K-1), or -H
+    normalize: bool = True,  # divide by K-1 (COT Eq 3)?
+    weight: Tensor = None,  # (K,) weight of each class
+    ignore_index: int = -100,  # targets that count for nothing
+    reduction: str = 'mean',  # 'none', 'mean' or 'sum'
+) -> Tensor:  # -H/(K-1), or -H
     "What step 2 of COT's Algorithm 1 minimises; 0 with a zero gradient for K = 2."
-    scale = 1/max(_n_classes(logits)-1, 1) if normalize else 1.
-    return _loss(logits, target, _entropy_plain, _entropy_closed, scale, weight, ignore_index, reduction)
+    scale = 1 / max(_n_classes(logits) - 1, 1) if normalize else 1.0
+    return _loss(
+        logits,
+        target,
+        _entropy_plain,
+        _entropy_closed,
+        scale,
+        weight,
+        ignore_index,
+        reduction,
+    )
 
 # %% ../nbs/01_losses.ipynb #47baab9c
 def _gce_plain(
-    z:Tensor,    # (M, K) logits
-    t:Tensor,    # (M,) true classes
-    alpha:float, # exponent of the guiding factor
-)->Tensor:       # (M,) loss before normalisation
+    z: Tensor,  # (M, K) logits
+    t: Tensor,  # (M,) true classes
+    alpha: float,  # exponent of the guiding factor
+) -> Tensor:  # (M,) loss before normalisation
     "Guided complement entropy of each row: GCE Eq 2."
-    odds,h = _stats(z, t)
-    return -(alpha*F.logsigmoid(odds)).exp()*h
+    odds, h = _stats(z, t)
+    return -(alpha * F.logsigmoid(odds)).exp() * h
 
 # %% ../nbs/01_losses.ipynb #d66869c7
 def _gce_closed(
-    z:Tensor,    # (M, K) logits
-    t:Tensor,    # (M, 1) true classes
-    w,           # weight: a number, or (M, 1)
-    each:bool,   # keep the rows apart?
-    out:Tensor,  # (M, K) to be filled with the gradient, or None
-    alpha:float, # exponent of the guiding factor
-)->Tensor:       # weighted loss before normalisation, (M,) or summed
+    z: Tensor,  # (M, K) logits
+    t: Tensor,  # (M, 1) true classes
+    w,  # weight: a number, or (M, 1)
+    each: bool,  # keep the rows apart?
+    out: Tensor,  # (M, K) to be filled with the gradient, or None
+    alpha: float,  # exponent of the guiding factor
+) -> Tensor:  # weighted loss before normalisation, (M,) or summed
     "Guided complement entropy and its gradient."
-    x,q,c,u = _others(z, t)
-    u.sub_(z.gather(1, t)).sub_(c)        # minus the log-odds
+    x, q, c, u = _others(z, t)
+    u.sub_(z.gather(1, t)).sub_(c)  # minus the log-odds
     m = x.mul_(q).sum(1, keepdim=True)
-    h = c.add_(m)                         # -H
-    guide = F.softplus(u, threshold=40.).mul_(-alpha).exp_().mul_(w)
+    h = c.add_(m)  # -H
+    guide = F.softplus(u, threshold=40.0).mul_(-alpha).exp_().mul_(w)
     if out is not None:
-        r = u.sigmoid_().mul_(h).mul_(alpha) # -r
-        x.scatter_(1, t, r); m.add_(r); del r,u
+        r = u.sigmoid_().mul_(h).mul_(alpha)  # -r
+        x.scatter_(1, t, r)
+        m.add_(r)
+        del r, u
         torch.addcmul(x, q, m, value=-1, out=out).mul_(guide)
     return _inner(h, guide, each)
 
 # %% ../nbs/01_losses.ipynb #af0ef069
 def guided_complement_entropy(
-    logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
-    alpha:float=1/3,       # exponent of the guiding factor, > 0
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
+    alpha: float = 1 / 3,  # exponent of the guiding factor, > 0
     *,
-    normalize:bool=True,   # divide by log(K-1) (GCE Eq 3)? needs K > 2
-    weight:Tensor=None,    # (K,) weight of each class
-    ignore_index:int=-100, # targets that count for nothing
-    reduction:str='mean',  # 'none', 'mean' or 'sum'
-)->Tensor:                 # loss in [-1, 0] when normalised
+    normalize: bool = True,  # divide by log(K-1) (GCE Eq 3)? needs K > 2
+    weight: Tensor = None,  # (K,) weight of each class
+    ignore_index: int = -100,  # targets that count for nothing
+    reduction: str = 'mean',  # 'none', 'mean' or 'sum'
+) -> Tensor:  # loss in [-1, 0] when normalised
     "Complement entropy weighted by the true class's probability to the power alpha, negated: GCE Eq 3."
     _check_number('alpha', alpha)
-    if not 0<alpha<math.inf: raise ValueError(f"alpha must be finite and greater than 0, got {alpha}")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f'alpha must be finite and greater than 0, got {alpha}')
     k = _n_classes(logits)
-    if normalize and k==2: raise ValueError("guided complement entropy divides by log(K-1), which is 0 for K = 2; use more classes or normalize=False")
-    scale = 1/math.log(k-1) if normalize and k>2 else 1.
-    return _loss(logits, target, partial(_gce_plain, alpha=alpha), partial(_gce_closed, alpha=alpha), scale, weight, ignore_index, reduction)
+    if normalize and k == 2:
+        raise ValueError(
+            'guided complement entropy divides by log(K-1), which is 0 for K = 2; use more classes or normalize=False'
+        )
+    scale = 1 / math.log(k - 1) if normalize and k > 2 else 1.0
+    return _loss(
+        logits,
+        target,
+        partial(_gce_plain, alpha=alpha),
+        partial(_gce_closed, alpha=alpha),
+        scale,
+        weight,
+        ignore_index,
+        reduction,
+    )
 
 # %% ../nbs/01_losses.ipynb #2b0e1e92
 def _smooth_plain(
-    z:Tensor, # (M, K) logits
-    t:Tensor, # (M,) true classes
-    a:float,  # coefficient of the true class
-    b:float,  # coefficient of every other class
-)->Tensor:    # (M,) loss
+    z: Tensor,  # (M, K) logits
+    t: Tensor,  # (M,) true classes
+    a: float,  # coefficient of the true class
+    b: float,  # coefficient of every other class
+) -> Tensor:  # (M,) loss
     "Minus the sum of `c*log p`, c being `a` at the true class and `b` elsewhere."
     logp = z.log_softmax(1)
-    loss = 0.
-    if b: loss = loss - b*logp.masked_fill(torch.arange(z.shape[1], device=z.device)==t[:,None], 0).sum(1)
-    if a: loss = loss - a*logp.gather(1, t[:,None]).squeeze(1)
+    loss = 0.0
+    if b:
+        loss = loss - b * logp.masked_fill(
+            torch.arange(z.shape[1], device=z.device) == t[:, None], 0
+        ).sum(1)
+    if a:
+        loss = loss - a * logp.gather(1, t[:, None]).squeeze(1)
     return loss
 
 # %% ../nbs/01_losses.ipynb #fcc865d4
 def _smooth_closed(
-    z:Tensor,   # (M, K) logits
-    t:Tensor,   # (M, 1) true classes
-    w,          # weight: a number, or (M, 1)
-    each:bool,  # keep the rows apart?
-    out:Tensor, # (M, K) to be filled with the gradient, or None
-    a:float,    # coefficient of the true class
-    b:float,    # coefficient of every other class
-)->Tensor:      # weighted loss, (M,) or summed
+    z: Tensor,  # (M, K) logits
+    t: Tensor,  # (M, 1) true classes
+    w,  # weight: a number, or (M, 1)
+    each: bool,  # keep the rows apart?
+    out: Tensor,  # (M, K) to be filled with the gradient, or None
+    a: float,  # coefficient of the true class
+    b: float,  # coefficient of every other class
+) -> Tensor:  # weighted loss, (M,) or summed
     "Minus the sum of `c*log p` and its gradient."
     logp = z.log_softmax(1)
     c = torch.full_like(z, -b).scatter_(1, t, -a).mul_(w)
-    if out is not None: _log_softmax_gradient(c, logp, out)
-    if not b: c,logp = c.gather(1, t),logp.gather(1, t) # 0*log p is 0, also where p is
-    if not a: logp.scatter_(1, t, 0.)
+    if out is not None:
+        _log_softmax_gradient(c, logp, out)
+    if not b:
+        c, logp = c.gather(1, t), logp.gather(1, t)  # 0*log p is 0, also where p is
+    if not a:
+        logp.scatter_(1, t, 0.0)
     return _inner(c, logp, each)
 
+
 def _log_softmax_gradient(
-    c:Tensor,    # (M, K) gradient with respect to the log-softmax
-    logp:Tensor, # (M, K) the log-softmax
-    out:Tensor,  # (M, K) to be filled with the gradient with respect to its input
+    c: Tensor,  # (M, K) gradient with respect to the log-softmax
+    logp: Tensor,  # (M, K) the log-softmax
+    out: Tensor,  # (M, K) to be filled with the gradient with respect to its input
 ):
     "c - p*sum(c), by torch's own kernel where this torch has it."
     kernel = getattr(torch, '_log_softmax_backward_data', None)
-    if kernel: kernel(c, logp, 1, c.dtype, out=out)
-    else: torch.addcmul(c, logp.exp(), c.sum(1, keepdim=True), value=-1, out=out)
+    if kernel:
+        kernel(c, logp, 1, c.dtype, out=out)
+    else:
+        torch.addcmul(c, logp.exp(), c.sum(1, keepdim=True), value=-1, out=out)
 
 # %% ../nbs/01_losses.ipynb #300d9835
 def reverse_cross_entropy(
-    logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
-    weight:Tensor=None,    # (K,) weight of each class
-    ignore_index:int=-100, # targets that count for nothing
-    reduction:str='mean',  # 'none', 'mean' or 'sum'
-)->Tensor:                 # loss of at least log(K-1)
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
+    weight: Tensor = None,  # (K,) weight of each class
+    ignore_index: int = -100,  # targets that count for nothing
+    reduction: str = 'mean',  # 'none', 'mean' or 'sum'
+) -> Tensor:  # loss of at least log(K-1)
     "Cross-entropy against the reverse label R_y: RCE Eq 4."
-    c = dict(a=0., b=1/max(_n_classes(logits)-1, 1))
-    return _loss(logits, target, partial(_smooth_plain, **c), partial(_smooth_closed, **c), 1., weight, ignore_index, reduction)
+    c = dict(a=0.0, b=1 / max(_n_classes(logits) - 1, 1))
+    return _loss(
+        logits,
+        target,
+        partial(_smooth_plain, **c),
+        partial(_smooth_closed, **c),
+        1.0,
+        weight,
+        ignore_index,
+        reduction,
+    )
 
 # %% ../nbs/01_losses.ipynb #5bd474ee
 def smoothed_cross_entropy(
-    logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
-    lam:float,             # trade-off λ, at least 0; 0 is cross-entropy
-    weight:Tensor=None,    # (K,) weight of each class
-    ignore_index:int=-100, # targets that count for nothing
-    reduction:str='mean',  # 'none', 'mean' or 'sum'
-)->Tensor:                 # loss, at least 0
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
+    lam: float,  # trade-off λ, at least 0; 0 is cross-entropy
+    weight: Tensor = None,  # (K,) weight of each class
+    ignore_index: int = -100,  # targets that count for nothing
+    reduction: str = 'mean',  # 'none', 'mean' or 'sum'
+) -> Tensor:  # loss, at least 0
     "Cross-entropy plus lam times reverse cross-entropy: RCE Eq 2."
     _check_number('lam', lam)
-    if not 0<=lam<math.inf: raise ValueError(f"lam must be finite and at least 0, got {lam}")
-    c = dict(a=1., b=lam/max(_n_classes(logits)-1, 1))
-    return _loss(logits, target, partial(_smooth_plain, **c), partial(_smooth_closed, **c), 1., weight, ignore_index, reduction)
+    if not 0 <= lam < math.inf:
+        raise ValueError(f'lam must be finite and at least 0, got {lam}')
+    c = dict(a=1.0, b=lam / max(_n_classes(logits) - 1, 1))
+    return _loss(
+        logits,
+        target,
+        partial(_smooth_plain, **c),
+        partial(_smooth_closed, **c),
+        1.0,
+        weight,
+        ignore_index,
+        reduction,
+    )
 
 # %% ../nbs/01_losses.ipynb #322abf8d
 class _ComplementLoss(nn.Module):
     "What the losses share: class weights, reduction, and what fastai asks of a loss."
+
     y_int = True
-    def __init__(self, weight:Tensor=None, ignore_index:int=-100, reduction:str='mean'):
+
+    def __init__(
+        self, weight: Tensor = None, ignore_index: int = -100, reduction: str = 'mean'
+    ):
         super().__init__()
         _teach_fastai()
         _check_reduction(reduction)
         self.register_buffer('weight', weight)
-        self.ignore_index,self.reduction = ignore_index,reduction
-    def activation(self, x): return x.softmax(1)
-    def decodes(self, x): return x.argmax(1)
-    def extra_repr(self): return ', '.join(f'{k}={v:.4g}' if isinstance(v,float) else f'{k}=({len(v)},)' if isinstance(v,Tensor) else f'{k}={v!r}' for k,v in self._args().items() if v is not None)
-    def _args(self): return dict(weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction)
+        self.ignore_index, self.reduction = ignore_index, reduction
+
+    def activation(self, x):
+        return x.softmax(1)
+
+    def decodes(self, x):
+        return x.argmax(1)
+
+    def extra_repr(self):
+        return ', '.join(
+            f'{k}={v:.4g}'
+            if isinstance(v, float)
+            else f'{k}=({len(v)},)'
+            if isinstance(v, Tensor)
+            else f'{k}={v!r}'
+            for k, v in self._args().items()
+            if v is not None
+        )
+
+    def _args(self):
+        return dict(
+            weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction
+        )
 
 # %% ../nbs/01_losses.ipynb #54152533
 class ComplementEntropyLoss(_ComplementLoss):
     "Module form of `complement_entropy_loss`: COT Eq 3, negated."
-    def __init__(self, *,
-        normalize:bool=True,   # divide by K-1?
-        weight:Tensor=None,    # (K,) weight of each class
-        ignore_index:int=-100, # targets that count for nothing
-        reduction:str='mean',  # 'none', 'mean' or 'sum'
+
+    def __init__(
+        self,
+        *,
+        normalize: bool = True,  # divide by K-1?
+        weight: Tensor = None,  # (K,) weight of each class
+        ignore_index: int = -100,  # targets that count for nothing
+        reduction: str = 'mean',  # 'none', 'mean' or 'sum'
     ):
         super().__init__(weight, ignore_index, reduction)
         self.normalize = normalize
-    def forward(self, logits, target): return complement_entropy_loss(logits, target, **self._args())
-    def _args(self): return dict(normalize=self.normalize, **super()._args())
+
+    def forward(self, logits, target):
+        return complement_entropy_loss(logits, target, **self._args())
+
+    def _args(self):
+        return dict(normalize=self.normalize, **super()._args())
 
 # %% ../nbs/01_losses.ipynb #90802490
 class GuidedComplementEntropyLoss(_ComplementLoss):
     "Module form of `guided_complement_entropy`: GCE Eq 3."
-    def __init__(self,
-        alpha:float=1/3,       # exponent of the guiding factor, > 0
+
+    def __init__(
+        self,
+        alpha: float = 1 / 3,  # exponent of the guiding factor, > 0
         *,
-        normalize:bool=True,   # divide by log(K-1)?
-        weight:Tensor=None,    # (K,) weight of each class
-        ignore_index:int=-100, # targets that count for nothing
-        reduction:str='mean',  # 'none', 'mean' or 'sum'
+        normalize: bool = True,  # divide by log(K-1)?
+        weight: Tensor = None,  # (K,) weight of each class
+        ignore_index: int = -100,  # targets that count for nothing
+        reduction: str = 'mean',  # 'none', 'mean' or 'sum'
     ):
         super().__init__(weight, ignore_index, reduction)
         _check_number('alpha', alpha)
-        if not 0<alpha<math.inf: raise ValueError(f"alpha must be finite and greater than 0, got {alpha}")
-        self.alpha,self.normalize = alpha,normalize
-    def forward(self, logits, target): return guided_complement_entropy(logits, target, **self._args())
-    def _args(self): return dict(alpha=self.alpha, normalize=self.normalize, **super()._args())
+        if not 0 < alpha < math.inf:
+            raise ValueError(f'alpha must be finite and greater than 0, got {alpha}')
+        self.alpha, self.normalize = alpha, normalize
+
+    def forward(self, logits, target):
+        return guided_complement_entropy(logits, target, **self._args())
+
+    def _args(self):
+        return dict(alpha=self.alpha, normalize=self.normalize, **super()._args())
 
 # %% ../nbs/01_losses.ipynb #1ebb656a
 class ReverseCrossEntropyLoss(_ComplementLoss):
     "Module form of `reverse_cross_entropy`, RCE Eq 4; predicts with the softmax of the negated logits."
-    def forward(self, logits, target): return reverse_cross_entropy(logits, target, **self._args())
-    def activation(self, x): return (-x).softmax(1)
+
+    def forward(self, logits, target):
+        return reverse_cross_entropy(logits, target, **self._args())
+
+    def activation(self, x):
+        return (-x).softmax(1)
 
 # %% ../nbs/01_losses.ipynb #9e9345b9
 class SmoothedCrossEntropyLoss(_ComplementLoss):
     "Module form of `smoothed_cross_entropy`: RCE Eq 2."
-    def __init__(self,
-        lam:float,             # trade-off λ, at least 0
-        weight:Tensor=None,    # (K,) weight of each class
-        ignore_index:int=-100, # targets that count for nothing
-        reduction:str='mean',  # 'none', 'mean' or 'sum'
+
+    def __init__(
+        self,
+        lam: float,  # trade-off λ, at least 0
+        weight: Tensor = None,  # (K,) weight of each class
+        ignore_index: int = -100,  # targets that count for nothing
+        reduction: str = 'mean',  # 'none', 'mean' or 'sum'
     ):
         super().__init__(weight, ignore_index, reduction)
         _check_number('lam', lam)
-        if not 0<=lam<math.inf: raise ValueError(f"lam must be finite and at least 0, got {lam}")
+        if not 0 <= lam < math.inf:
+            raise ValueError(f'lam must be finite and at least 0, got {lam}')
         self.lam = lam
-    def forward(self, logits, target): return smoothed_cross_entropy(logits, target, **self._args())
-    def _args(self): return dict(lam=self.lam, **super()._args())
+
+    def forward(self, logits, target):
+        return smoothed_cross_entropy(logits, target, **self._args())
+
+    def _args(self):
+        return dict(lam=self.lam, **super()._args())

@@ -17,11 +17,26 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .attack_base import CheckedModel, PlainModel, as_foolbox, under_attack
+from complement_objectives.attack_base import (
+    CheckedModel,
+    PlainModel,
+    as_foolbox,
+    under_attack,
+)
 from .core import InputError, check_count, choose
-from .detection import KernelDensity, auroc, log_odds, non_max_entropy
+from complement_objectives.detection import (
+    KernelDensity,
+    auroc,
+    log_odds,
+    non_max_entropy,
+)
 from .gradient_attacks import as_loss
-from .intervals import Interval, mean_interval, separation_interval, share_interval
+from complement_objectives.intervals import (
+    Interval,
+    mean_interval,
+    separation_interval,
+    share_interval,
+)
 from .models import forward_batches
 from .perturbation import check_labels, input_gradient
 
@@ -31,185 +46,244 @@ _all_ = ['Interval', 'mean_interval', 'share_interval']
 # %% ../nbs/07_measures.ipynb #d09d639c
 @contextmanager
 def asking(
-    model,               # from pixels in [0, 1] to logits (N, K), K ≥ 2, or a foolbox model
-    x:torch.Tensor,      # the images
-    y:torch.Tensor=None, # classes that should be among the K
-):                       # yields a `CheckedModel` and its device
+    model,  # from pixels in [0, 1] to logits (N, K), K ≥ 2, or a foolbox model
+    x: torch.Tensor,  # the images
+    y: torch.Tensor = None,  # classes that should be among the K
+):  # yields a `CheckedModel` and its device
     "A network to be asked, not to be changed: evaluation mode, frozen, copies of the images in its own number type."
     if not isinstance(model, nn.Module):
-        with as_foolbox(model, x) as fmodel: yield CheckedModel(fmodel, y), getattr(fmodel, 'device', x.device)
+        with as_foolbox(model, x) as fmodel:
+            yield CheckedModel(fmodel, y), getattr(fmodel, 'device', x.device)
     else:
         device = next((p.device for p in model.parameters()), x.device)
-        with under_attack(model): yield CheckedModel(PlainModel(model, device), y), device
+        with under_attack(model):
+            yield CheckedModel(PlainModel(model, device), y), device
 
 # %% ../nbs/07_measures.ipynb #0eec26a4
 def check_pairs(
-    x:torch.Tensor,     # (N, …) images
-    y:torch.Tensor,     # (N,) true classes
-    batch_size:int=512, # images at a time
+    x: torch.Tensor,  # (N, …) images
+    y: torch.Tensor,  # (N,) true classes
+    batch_size: int = 512,  # images at a time
 ):
     "`InputError` unless there are images, a class for each, and room for one in a batch."
     check_labels(y, len(x))
-    if not len(x): raise InputError('no images: nothing can be said about a network without any')
+    if not len(x):
+        raise InputError('no images: nothing can be said about a network without any')
     check_count(batch_size, 'batch_size')
 
+
 def correct(
-    model,              # from pixels to logits, or a foolbox model
-    x:torch.Tensor,     # (N, …) pixels in [0, 1]
-    y:torch.Tensor,     # (N,) true classes
-    batch_size:int=512, # images a forward pass
-)->torch.Tensor:        # (N,) bool, on the CPU
+    model,  # from pixels to logits, or a foolbox model
+    x: torch.Tensor,  # (N, …) pixels in [0, 1]
+    y: torch.Tensor,  # (N,) true classes
+    batch_size: int = 512,  # images a forward pass
+) -> torch.Tensor:  # (N,) bool, on the CPU
     "Which images are classified as what they are."
     check_pairs(x, y, batch_size)
     with asking(model, x, y) as (m, device), torch.no_grad():
-        return torch.cat([m(b.to(device)).argmax(1).cpu() for b in x.split(batch_size)]) == y.cpu()
+        return (
+            torch.cat([m(b.to(device)).argmax(1).cpu() for b in x.split(batch_size)])
+            == y.cpu()
+        )
 
 # %% ../nbs/07_measures.ipynb #13bce784
 def accuracy(
-    right,   # (N,) bool, N at least 1
-)->float:    # share of True, in [0, 1]
+    right,  # (N,) bool, N at least 1
+) -> float:  # share of True, in [0, 1]
     "Share of images that are right."
     right = torch.as_tensor(right, dtype=torch.float64)
-    if not len(right): raise InputError('no images: an accuracy needs at least one')
+    if not len(right):
+        raise InputError('no images: an accuracy needs at least one')
     return right.mean().item()
 
 # %% ../nbs/07_measures.ipynb #26a1953e
 def worst_case(
-    rights, # booleans (N,) of the same images, one tensor for each attack
-)->torch.Tensor: # (N,) bool
+    rights,  # booleans (N,) of the same images, one tensor for each attack
+) -> torch.Tensor:  # (N,) bool
     "Which images are right under every one of the attacks."
     rights = list(rights)
     shapes = {tuple(r.shape) for r in rights}
-    if len(shapes) != 1: raise InputError(f'the results have shapes {sorted(shapes)}: give one or more, all of the same images')
+    if len(shapes) != 1:
+        raise InputError(
+            f'the results have shapes {sorted(shapes)}: give one or more, all of the same images'
+        )
     return torch.stack(rights).all(0)
 
 # %% ../nbs/07_measures.ipynb #a89157a1
 def distortion(
-    x_adv:torch.Tensor, # (N, …) adversarial images, pixels in [0, 1]
-    x:torch.Tensor,     # (N, …) their originals
-)->torch.Tensor:        # (N,) root mean square difference in grey levels, 0 to 255
+    x_adv: torch.Tensor,  # (N, …) adversarial images, pixels in [0, 1]
+    x: torch.Tensor,  # (N, …) their originals
+) -> torch.Tensor:  # (N,) root mean square difference in grey levels, 0 to 255
     "Distortion of each image as RCE §4.3 defines it."
-    if x_adv.shape != x.shape: raise InputError(f'images of shape {tuple(x_adv.shape)} have no originals of shape {tuple(x.shape)}')
+    if x_adv.shape != x.shape:
+        raise InputError(
+            f'images of shape {tuple(x_adv.shape)} have no originals of shape {tuple(x.shape)}'
+        )
     return 255 * (x_adv.double() - x.double()).flatten(1).square().mean(1).sqrt()
 
 # %% ../nbs/07_measures.ipynb #92d431be
 SCORES = ('confidence', 'non-ME', 'K-density')
 
+
 def detection_scores(
-    model,                 # a classifier with `hidden_and_logits`
-    density:KernelDensity, # fitted on hidden vectors of training images
-    x:torch.Tensor,        # (N, C, H, W) pixels in [0, 1]
-)->pd.DataFrame:           # N rows: `predicted`, then the columns of `SCORES`, higher = more normal
+    model,  # a classifier with `hidden_and_logits`
+    density: KernelDensity,  # fitted on hidden vectors of training images
+    x: torch.Tensor,  # (N, C, H, W) pixels in [0, 1]
+) -> (
+    pd.DataFrame
+):  # N rows: `predicted`, then the columns of `SCORES`, higher = more normal
     "Predicted class and the three scores of RCE §3.4: log-odds for confidence, log density for K-density."
     z, logits = forward_batches(model, x)
     predicted = logits.argmax(1)
-    values = log_odds(logits), non_max_entropy(logits), density.log_density(z, predicted)
-    return pd.DataFrame({'predicted': predicted, **{name: v.double().cpu() for name, v in zip(SCORES, values)}})
+    values = (
+        log_odds(logits),
+        non_max_entropy(logits),
+        density.log_density(z, predicted),
+    )
+    return pd.DataFrame(
+        {
+            'predicted': predicted,
+            **{name: v.double().cpu() for name, v in zip(SCORES, values)},
+        }
+    )
 
 # %% ../nbs/07_measures.ipynb #1ea369bf
 def fit_density(
-    model,           # a classifier with `hidden_and_logits`
-    x:torch.Tensor,  # (N, C, H, W) training images, pixels in [0, 1]
-    y:torch.Tensor,  # (N,) their classes
-    seed:int=0,      # of the choice of points
-    **kwargs,        # for `KernelDensity`
-)->KernelDensity:    # fitted, on the CPU
+    model,  # a classifier with `hidden_and_logits`
+    x: torch.Tensor,  # (N, C, H, W) training images, pixels in [0, 1]
+    y: torch.Tensor,  # (N,) their classes
+    seed: int = 0,  # of the choice of points
+    **kwargs,  # for `KernelDensity`
+) -> KernelDensity:  # fitted, on the CPU
     "A `KernelDensity` on the final hidden vectors of the training images."
     return KernelDensity(**kwargs).fit(forward_batches(model, x)[0], y.cpu(), seed=seed)
 
 # %% ../nbs/07_measures.ipynb #6be386ab
 OVER = dict(fooled='right, then fooled', all='all inputs')
 
-def _classes(v): # a tensor on the CPU; of anything else a copy
+
+def _classes(v):  # a tensor on the CPU; of anything else a copy
     return v.cpu() if isinstance(v, torch.Tensor) else torch.from_numpy(np.array(v))
 
+
 def chosen_pairs(
-    before,           # (N,) predicted classes of the clean images
-    after,            # (N,) predicted classes of their adversarial versions
-    y:torch.Tensor,   # (N,) true classes
-    over:str='fooled',# 'fooled': right before and wrong after, as in RCE Table 2; 'all': every pair
-)->torch.Tensor:      # (N,) bool
+    before,  # (N,) predicted classes of the clean images
+    after,  # (N,) predicted classes of their adversarial versions
+    y: torch.Tensor,  # (N,) true classes
+    over: str = 'fooled',  # 'fooled': right before and wrong after, as in RCE Table 2; 'all': every pair
+) -> torch.Tensor:  # (N,) bool
     "Which pairs of a clean image and its adversarial version a table counts."
     choose(over, OVER, 'choice of pairs')
     before, after, y = map(_classes, (before, after, y))
-    if not before.shape == after.shape == y.shape: raise InputError(f'{len(before)} and {len(after)} predictions for {len(y)} classes: give one of each for every pair')
-    return (before == y) & (after != y) if over == 'fooled' else torch.ones_like(y, dtype=torch.bool)
+    if not before.shape == after.shape == y.shape:
+        raise InputError(
+            f'{len(before)} and {len(after)} predictions for {len(y)} classes: give one of each for every pair'
+        )
+    return (
+        (before == y) & (after != y)
+        if over == 'fooled'
+        else torch.ones_like(y, dtype=torch.bool)
+    )
 
 # %% ../nbs/07_measures.ipynb #5c427cc4
 def detection_auc(
-    normal:pd.DataFrame,      # `detection_scores` of the clean images
-    adversarial:pd.DataFrame, # `detection_scores` of their adversarial versions, in the same order
-    y:torch.Tensor,           # (N,) true classes
-    over:str='fooled',        # a key of `OVER`
-)->dict:                      # `pairs` and one AUC a score; NaN where there is no pair
+    normal: pd.DataFrame,  # `detection_scores` of the clean images
+    adversarial: pd.DataFrame,  # `detection_scores` of their adversarial versions, in the same order
+    y: torch.Tensor,  # (N,) true classes
+    over: str = 'fooled',  # a key of `OVER`
+) -> dict:  # `pairs` and one AUC a score; NaN where there is no pair
     "AUC of each score, by default over the pairs that were right and then fooled (RCE Table 2)."
-    chosen = chosen_pairs(normal['predicted'].to_numpy(), adversarial['predicted'].to_numpy(), y, over).numpy()
-    return dict(pairs=int(chosen.sum()), **{s: auroc(normal[s][chosen], adversarial[s][chosen]) for s in SCORES})
+    chosen = chosen_pairs(
+        normal['predicted'].to_numpy(), adversarial['predicted'].to_numpy(), y, over
+    ).numpy()
+    return dict(
+        pairs=int(chosen.sum()),
+        **{s: auroc(normal[s][chosen], adversarial[s][chosen]) for s in SCORES},
+    )
 
 # %% ../nbs/07_measures.ipynb #0d51f881
 def auc_interval(
-    normal,          # (N,) scores of the clean images, higher = more normal
-    adversarial,     # (N,) scores of their adversarial versions, in the same order
-    n_boot:int=1000, # without effect: the interval needs no resamples
-    level:float=0.95,# of the interval
-    seed:int=0,      # without effect
-)->Interval:         # three NaN for no pairs
+    normal,  # (N,) scores of the clean images, higher = more normal
+    adversarial,  # (N,) scores of their adversarial versions, in the same order
+    n_boot: int = 1000,  # without effect: the interval needs no resamples
+    level: float = 0.95,  # of the interval
+    seed: int = 0,  # without effect
+) -> Interval:  # three NaN for no pairs
     "AUC of the pairs with its interval, see `separation_interval`; Wilson's for n of n where the AUC is 1 or 0."
     return separation_interval(normal, adversarial, level, paired=True)
 
 # %% ../nbs/07_measures.ipynb #849ccb70
 def detection_table(
-    normal:pd.DataFrame,      # scores of the clean images: `predicted`, and a column a score
-    adversarial:pd.DataFrame, # the same of their adversarial versions, in the same order
-    y:torch.Tensor,           # (N,) true classes
-    over:str='fooled',        # a key of `OVER`
-    **boot,                   # `level` of `auc_interval`
-)->pd.DataFrame:              # a row a score; columns `value`, `low`, `high`
+    normal: pd.DataFrame,  # scores of the clean images: `predicted`, and a column a score
+    adversarial: pd.DataFrame,  # the same of their adversarial versions, in the same order
+    y: torch.Tensor,  # (N,) true classes
+    over: str = 'fooled',  # a key of `OVER`
+    **boot,  # `level` of `auc_interval`
+) -> pd.DataFrame:  # a row a score; columns `value`, `low`, `high`
     "AUC of each score with its interval."
-    chosen = chosen_pairs(normal['predicted'].to_numpy(), adversarial['predicted'].to_numpy(), y, over).numpy()
+    chosen = chosen_pairs(
+        normal['predicted'].to_numpy(), adversarial['predicted'].to_numpy(), y, over
+    ).numpy()
     names = [name for name in normal if name != 'predicted']
-    rows = {s: auc_interval(normal[s].to_numpy()[chosen], adversarial[s].to_numpy()[chosen], **boot) for s in names}
+    rows = {
+        s: auc_interval(
+            normal[s].to_numpy()[chosen], adversarial[s].to_numpy()[chosen], **boot
+        )
+        for s in names
+    }
     return pd.DataFrame(rows, index=Interval._fields).T
 
 # %% ../nbs/07_measures.ipynb #412692ac
-def _gradients(model, x, y, batch_size, loss): # yields the gradients of the batches
+def _gradients(model, x, y, batch_size, loss):  # yields the gradients of the batches
     loss, wide = as_loss(loss), torch.promote_types(x.dtype, torch.float32)
     with asking(model, x, y) as (m, device):
         for a, b in zip(x.split(batch_size), y.split(batch_size)):
             leaf = a.to(device, wide, copy=True)
-            yield input_gradient(lambda z: m(z.to(x.dtype)), leaf, b.to(device, torch.long, copy=True), loss)[0].flatten(1)
+            yield input_gradient(
+                lambda z: m(z.to(x.dtype)),
+                leaf,
+                b.to(device, torch.long, copy=True),
+                loss,
+            )[0].flatten(1)
+
 
 def zero_gradient_share(
-    model,                # from pixels to logits, or a foolbox model
-    x:torch.Tensor,       # (N, …) images within the bounds
-    y:torch.Tensor,       # (N,) true classes
-    batch_size:int=512,   # images a backward pass
-    loss='cross-entropy', # what the attack would follow, see `as_loss`
-)->float:                 # in [0, 1]
+    model,  # from pixels to logits, or a foolbox model
+    x: torch.Tensor,  # (N, …) images within the bounds
+    y: torch.Tensor,  # (N,) true classes
+    batch_size: int = 512,  # images a backward pass
+    loss='cross-entropy',  # what the attack would follow, see `as_loss`
+) -> float:  # in [0, 1]
     "Share of images at which the loss's gradient is exactly zero in every pixel."
     check_pairs(x, y, batch_size)
-    return accuracy(torch.cat([(g == 0).all(1) for g in _gradients(model, x, y, batch_size, loss)]).cpu())
+    return accuracy(
+        torch.cat(
+            [(g == 0).all(1) for g in _gradients(model, x, y, batch_size, loss)]
+        ).cpu()
+    )
 
 # %% ../nbs/07_measures.ipynb #77ecf4b8
 class LostGradients(NamedTuple):
     "Where a loss has a gradient of exactly zero; shares in [0, 1]."
-    images:float # of the images, those where it is zero in every pixel
-    pixels:float # of all pixels, those where it is zero
-    edge:float   # of all pixels, those at or near an end of the range where it is zero and where it is not a little further inside
-    stuck:float  # of all pixels, those of such images or such edges
+
+    images: float  # of the images, those where it is zero in every pixel
+    pixels: float  # of all pixels, those where it is zero
+    edge: float  # of all pixels, those at or near an end of the range where it is zero and where it is not a little further inside
+    stuck: float  # of all pixels, those of such images or such edges
+
 
 def lost_gradients(
-    model,                # from pixels to logits, or a foolbox model
-    x:torch.Tensor,       # (N, …) images within the bounds
-    y:torch.Tensor,       # (N,) true classes
-    batch_size:int=512,   # images a backward pass
-    loss='cross-entropy', # what the attack would follow, see `as_loss`
-    inside:float=0.01,    # how far "a little further inside" is, as a share of the range
-)->LostGradients:
+    model,  # from pixels to logits, or a foolbox model
+    x: torch.Tensor,  # (N, …) images within the bounds
+    y: torch.Tensor,  # (N,) true classes
+    batch_size: int = 512,  # images a backward pass
+    loss='cross-entropy',  # what the attack would follow, see `as_loss`
+    inside: float = 0.01,  # how far "a little further inside" is, as a share of the range
+) -> LostGradients:
     "Pixels that an attack cannot move because their gradient is exactly zero."
     check_pairs(x, y, batch_size)
     low, high = (0, 1) if isinstance(model, nn.Module) else model.bounds
-    step, here, further = inside*(high - low), [], []
+    step, here, further = inside * (high - low), [], []
     moved = x.clamp(low + step, high - step)
     for g, h in zip(*(_gradients(model, z, y, batch_size, loss) for z in (x, moved))):
         here.append((g == 0).cpu())
@@ -217,18 +291,21 @@ def lost_gradients(
     zero = torch.cat(here)
     edge = zero & torch.cat(further) & (moved != x).flatten(1).cpu()
     dead = zero.all(1)
-    return LostGradients(*(accuracy(m.flatten()) for m in (dead, zero, edge, edge | dead[:,None])))
+    return LostGradients(
+        *(accuracy(m.flatten()) for m in (dead, zero, edge, edge | dead[:, None]))
+    )
 
 # %% ../nbs/07_measures.ipynb #ae165311
 def mean_std(
-    values,         # one number a seed; NaN where there is none
-    digits:int=1,   # decimals
-    factor:float=1, # multiply first: 100 for percentages
-)->str:             # '97.1 ± 0.3', '97.1' for a single value, '97.1 ± 0.3 (2 of 3)' where others are missing, '–' for none
+    values,  # one number a seed; NaN where there is none
+    digits: int = 1,  # decimals
+    factor: float = 1,  # multiply first: 100 for percentages
+) -> str:  # '97.1 ± 0.3', '97.1' for a single value, '97.1 ± 0.3 (2 of 3)' where others are missing, '–' for none
     "Mean and sample standard deviation as text."
     values = pd.Series(values, dtype=float) * factor
     there = values.dropna()
-    if there.empty: return '–'
+    if there.empty:
+        return '–'
     spread = f' ± {there.std():.{digits}f}' if len(there) > 1 else ''
     missing = f' ({len(there)} of {len(values)})' if len(there) < len(values) else ''
     return f'{there.mean():.{digits}f}{spread}{missing}'

@@ -15,40 +15,62 @@ from fastcore.basics import patch
 from foolbox.attacks.base import MinimizationAttack, raise_if_kwargs
 from functools import partial
 
-from .attack_base import Checked, PlainCall, PreparedModel, fooled, goal
-from .core import (
-    InputError, as_number, check_count, check_positive)
+from complement_objectives.attack_base import (
+    Checked,
+    PlainCall,
+    PreparedModel,
+    fooled,
+    goal,
+)
+from complement_objectives.core import (
+    InputError,
+    as_number,
+    check_count,
+    check_positive,
+)
 from .gradient_attacks import as_loss, check_gradients, margin
 from .perturbation import check_images, input_gradient, start_noise
 
 # %% ../nbs/06b1_minimal_attacks.ipynb #b9003f1f
 def check_share(
-    value:float,   # a share
-    what:str,      # its name, for the message
-    one:bool=False,# may it be 1?
-)->float:          # the same, as a float
+    value: float,  # a share
+    what: str,  # its name, for the message
+    one: bool = False,  # may it be 1?
+) -> float:  # the same, as a float
     "`InputError` unless `value` is above 0 and below 1."
     share = as_number(value, what)
     if not (0 < share < 1 or one and share == 1):
-        raise InputError(f'{what} is {share:g}: it must be above 0 and {"at most" if one else "below"} 1')
+        raise InputError(
+            f'{what} is {share:g}: it must be above 0 and {"at most" if one else "below"} 1'
+        )
     return share
 
 # %% ../nbs/06b1_minimal_attacks.ipynb #ef7b9692
-def _norm(v, p=2): return v.flatten(1).norm(p, dim=1)
-def _column(v, x): return v.view(-1, *[1]*(x.ndim - 1)) # (N,) to (N, 1, …)
-def _normal(v): return v/_column(_norm(v).clamp_min(1e-30), v)
+def _norm(v, p=2):
+    return v.flatten(1).norm(p, dim=1)
+
+
+def _column(v, x):
+    return v.view(-1, *[1] * (x.ndim - 1))  # (N,) to (N, 1, …)
+
+
+def _normal(v):
+    return v / _column(_norm(v).clamp_min(1e-30), v)
 
 # %% ../nbs/06b1_minimal_attacks.ipynb #2fd0eb4a
 class Met:
     "The nearest images so far that fool; the image itself, at distance inf, where there is none."
-    def __init__(self, x, p): # (N, …) images, and the norm
+
+    def __init__(self, x, p):  # (N, …) images, and the norm
         self.x, self.p, self.best = x, p, x.clone()
         self.least = x.new_full((len(x),), math.inf)
-        self.nearer = 1 - 8*torch.finfo(x.dtype).eps # by more than a rounding
+        self.nearer = 1 - 8 * torch.finfo(x.dtype).eps  # by more than a rounding
 
-    def note(self, now, won): # (N, …) images, and which of them fool → their distances (N,)
+    def note(
+        self, now, won
+    ):  # (N, …) images, and which of them fool → their distances (N,)
         far = _norm(now - self.x, self.p)
-        better = won & (far < self.least*self.nearer)
+        better = won & (far < self.least * self.nearer)
         self.best = torch.where(_column(better, now), now, self.best)
         self.least = torch.where(better, far, self.least)
         return far
@@ -56,27 +78,51 @@ class Met:
 # %% ../nbs/06b1_minimal_attacks.ipynb #6887a625
 class MinimalAttack(PlainCall, MinimizationAttack):
     "What attacks for the nearest adversarial image share; `search` and `part` are theirs."
+
     valid = dict(steps=check_count, gamma=check_share, binary_search_steps=check_count)
 
-    def run(self, model, inputs, criterion, *, starting_points=None, early_stop=None, **kwargs):
+    def run(
+        self,
+        model,
+        inputs,
+        criterion,
+        *,
+        starting_points=None,
+        early_stop=None,
+        **kwargs,
+    ):
         "foolbox's entry; `starting_points` are images that fool, and the search starts on the way to them."
         raise_if_kwargs(kwargs)
         x, restore = ep.astensor_(inputs)
-        start = None if starting_points is None else self.between(model, x.raw, starting_points, criterion)
-        return restore(ep.astensor(self.search(model, x.raw, criterion, start=start).best))
+        start = (
+            None
+            if starting_points is None
+            else self.between(model, x.raw, starting_points, criterion)
+        )
+        return restore(
+            ep.astensor(self.search(model, x.raw, criterion, start=start).best)
+        )
 
 # %% ../nbs/06b1_minimal_attacks.ipynb #2fb6e748
 @patch
-def between(self:MinimalAttack, model, x, start, criterion): # → (N, …) images that fool, close to the boundary
+def between(
+    self: MinimalAttack, model, x, start, criterion
+):  # → (N, …) images that fool, close to the boundary
     "By bisection between the images and `start`, as foolbox does it."
     start, (low, high) = ep.astensor(start).raw.detach().to(x), model.model.bounds
-    if start.shape != x.shape: raise InputError(f'starting_points have shape {tuple(start.shape)}: give {tuple(x.shape)}, like the images')
-    start = (check_images(start, (low, high)) - low)/(high - low)
+    if start.shape != x.shape:
+        raise InputError(
+            f'starting_points have shape {tuple(start.shape)}: give {tuple(x.shape)}, like the images'
+        )
+    start = (check_images(start, (low, high)) - low) / (high - low)
     bad = (~fooled(model, start, criterion)).sum().item()
-    if bad: raise InputError(f'{bad} of {len(x)} starting_points do not fool the model: give images that satisfy the criterion')
+    if bad:
+        raise InputError(
+            f'{bad} of {len(x)} starting_points do not fool the model: give images that satisfy the criterion'
+        )
     least, most = x.new_zeros(len(x)), x.new_ones(len(x))
     for _ in range(self.binary_search_steps):
-        middle = (least + most)/2
+        middle = (least + most) / 2
         won = fooled(model, self.part(x, start, middle), criterion)
         least, most = torch.where(won, least, middle), torch.where(won, middle, most)
     return self.part(x, start, most)
@@ -84,139 +130,264 @@ def between(self:MinimalAttack, model, x, start, criterion): # → (N, …) imag
 # %% ../nbs/06b1_minimal_attacks.ipynb #4ec0decb
 class FMN(MinimalAttack):
     "Fast minimum norm attack, L∞: Pintor et al. (2021)."
-    distance, first, reach = fb.distances.linf, None, 5.
-    valid = dict(max_stepsize=partial(check_positive, none=True), min_stepsize=partial(check_positive, none=True))
 
-    def __init__(self, *,
-        steps:int=100,             # gradients
-        max_stepsize:float=None,   # first step, in the L2 norm, pixels in [0, 1]; None: for each image, see below; 1 for `L2FMN`
-        min_stepsize:float=None,   # last step; None: a hundredth of the first
-        gamma:float=0.05,          # by how much the radius changes at first; 0.001 at last
-        binary_search_steps:int=10,# towards `starting_points`, where they are given
+    distance, first, reach = fb.distances.linf, None, 5.0
+    valid = dict(
+        max_stepsize=partial(check_positive, none=True),
+        min_stepsize=partial(check_positive, none=True),
+    )
+
+    def __init__(
+        self,
+        *,
+        steps: int = 100,  # gradients
+        max_stepsize: float = None,  # first step, in the L2 norm, pixels in [0, 1]; None: for each image, see below; 1 for `L2FMN`
+        min_stepsize: float = None,  # last step; None: a hundredth of the first
+        gamma: float = 0.05,  # by how much the radius changes at first; 0.001 at last
+        binary_search_steps: int = 10,  # towards `starting_points`, where they are given
     ):
-        self.steps, self.gamma, self.binary_search_steps = steps, gamma, binary_search_steps
-        self.max_stepsize, self.min_stepsize = self.first if max_stepsize is None else max_stepsize, min_stepsize
+        self.steps, self.gamma, self.binary_search_steps = (
+            steps,
+            gamma,
+            binary_search_steps,
+        )
+        self.max_stepsize, self.min_stepsize = (
+            self.first if max_stepsize is None else max_stepsize,
+            min_stepsize,
+        )
 
-    def steplengths(self, x, away): # first and last, (N,), if the boundary is so far
-        longest = (self.reach*away*x[0].numel()**0.5).clamp(0.1, 10) if self.max_stepsize is None else torch.full_like(away, self.max_stepsize)
-        return longest, longest/100 if self.min_stepsize is None else torch.full_like(away, self.min_stepsize)
+    def steplengths(self, x, away):  # first and last, (N,), if the boundary is so far
+        longest = (
+            (self.reach * away * x[0].numel() ** 0.5).clamp(0.1, 10)
+            if self.max_stepsize is None
+            else torch.full_like(away, self.max_stepsize)
+        )
+        return longest, longest / 100 if self.min_stepsize is None else torch.full_like(
+            away, self.min_stepsize
+        )
 
-    def within(self, delta, size): return torch.minimum(torch.maximum(delta, -_column(size, delta)), _column(size, delta))
-    def part(self, x, start, share): return x + self.within(start - x, share)
+    def within(self, delta, size):
+        return torch.minimum(
+            torch.maximum(delta, -_column(size, delta)), _column(size, delta)
+        )
+
+    def part(self, x, start, share):
+        return x + self.within(start - x, share)
+
 
 class L2FMN(FMN):
     "Fast minimum norm attack, L2."
-    distance, first = fb.distances.l2, 1.
-    def within(self, delta, size): return delta*_column((size/_norm(delta).clamp_min(1e-30)).clamp(max=1), delta)
-    def part(self, x, start, share): return torch.lerp(x, start, _column(share, x))
+
+    distance, first = fb.distances.l2, 1.0
+
+    def within(self, delta, size):
+        return delta * _column(
+            (size / _norm(delta).clamp_min(1e-30)).clamp(max=1), delta
+        )
+
+    def part(self, x, start, share):
+        return torch.lerp(x, start, _column(share, x))
 
 # %% ../nbs/06b1_minimal_attacks.ipynb #f6fca53e
-def _fall(i, n): return (1 + math.cos(math.pi*i/max(n - 1, 1)))/2 # from 1 to 0 in n steps
+def _fall(i, n):
+    return (1 + math.cos(math.pi * i / max(n - 1, 1))) / 2  # from 1 to 0 in n steps
 
-def _way(value, slope): return (value.abs()/slope).nan_to_num(nan=math.inf, posinf=math.inf) # to the boundary, if the lead were linear
 
-def _lead(criterion, confidence): # from logits to (N,), above 0 where the goal is reached with that lead
+def _way(value, slope):
+    return (value.abs() / slope).nan_to_num(
+        nan=math.inf, posinf=math.inf
+    )  # to the boundary, if the lead were linear
+
+
+def _lead(
+    criterion, confidence
+):  # from logits to (N,), above 0 where the goal is reached with that lead
     classes, sign = goal(criterion)
-    def lead(logits, y): return sign*margin(logits, y) - confidence
+
+    def lead(logits, y):
+        return sign * margin(logits, y) - confidence
+
     return classes, sign, lead
 
+
 @patch
-def search(self:FMN,
-    model,              # as `run` gets it
-    x:torch.Tensor,     # (N, …) images in [0, 1]
-    criterion,          # classes, `Misclassification` or `TargetedMisclassification`
-    confidence:float=0.,# by how much the wanted class has to lead
-    start=None,         # (N, …) images that fool, to start at
-)->Met:                 # what was met
+def search(
+    self: FMN,
+    model,  # as `run` gets it
+    x: torch.Tensor,  # (N, …) images in [0, 1]
+    criterion,  # classes, `Misclassification` or `TargetedMisclassification`
+    confidence: float = 0.0,  # by how much the wanted class has to lead
+    start=None,  # (N, …) images that fool, to start at
+) -> Met:  # what was met
     "Algorithm 1."
-    (classes, sign, lead), p, dual = _lead(criterion, confidence), self.distance.p, 1 if self.distance.p == math.inf else 2
+    (classes, sign, lead), p, dual = (
+        _lead(criterion, confidence),
+        self.distance.p,
+        1 if self.distance.p == math.inf else 2,
+    )
     found, now = Met(x, p), x if start is None else start
-    size, total = x.new_full((len(x),), 0. if start is None else math.inf), x.new_zeros(len(x))
+    size, total = (
+        x.new_full((len(x),), 0.0 if start is None else math.inf),
+        x.new_zeros(len(x)),
+    )
     ever = size > 0
     for i in range(self.steps):
         gradient, value = input_gradient(model, now, classes, lead)
         won, total = value > 0, total + gradient.flatten(1).sum(1)
         far, ever, fall = found.note(now, won), ever | won, _fall(i, self.steps)
         away = _way(value, _norm(gradient, dual))
-        if i == 0: longest, least = self.steplengths(x, far + away)
-        gamma, step = 0.001 + (self.gamma - 0.001)*fall, least + (longest - least)*fall
-        guess = torch.where(ever, 0., far + away)
-        size = torch.where(won, torch.minimum(size*(1 - gamma), found.least), torch.maximum(size*(1 + gamma), guess))
-        now = (x + self.within(now - x + _column(step, x)*_normal(gradient), size)).clamp(0, 1)
+        if i == 0:
+            longest, least = self.steplengths(x, far + away)
+        gamma, step = (
+            0.001 + (self.gamma - 0.001) * fall,
+            least + (longest - least) * fall,
+        )
+        guess = torch.where(ever, 0.0, far + away)
+        size = torch.where(
+            won,
+            torch.minimum(size * (1 - gamma), found.least),
+            torch.maximum(size * (1 + gamma), guess),
+        )
+        now = (
+            x + self.within(now - x + _column(step, x) * _normal(gradient), size)
+        ).clamp(0, 1)
     check_gradients(model, total, found.best, classes, sign, lead)
     return found
 
 # %% ../nbs/06b1_minimal_attacks.ipynb #13f2726b
 class DDN(MinimalAttack):
     "Decoupled direction and norm, L2: Rony et al. (2019)."
-    distance, reach = fb.distances.l2, 2.
-    valid = dict(init_epsilon=partial(check_positive, none=True), min_gamma=check_share, max_stepsize=check_positive, min_stepsize=check_positive)
 
-    def __init__(self, *,
-        steps:int=100,             # gradients
-        init_epsilon:float=None,   # first radius, pixels in [0, 1]; None: from the first gradient. Paper: 1
-        gamma:float=0.05,          # by how much the radius changes at first
-        min_gamma:float=0.001,     # at last. Paper: 0.05
-        max_stepsize:float=1.,     # first step, pixels in [0, 1]
-        min_stepsize:float=0.01,   # last step
-        loss='cross-entropy',      # see `as_loss`
-        binary_search_steps:int=10,# towards `starting_points`, where they are given
+    distance, reach = fb.distances.l2, 2.0
+    valid = dict(
+        init_epsilon=partial(check_positive, none=True),
+        min_gamma=check_share,
+        max_stepsize=check_positive,
+        min_stepsize=check_positive,
+    )
+
+    def __init__(
+        self,
+        *,
+        steps: int = 100,  # gradients
+        init_epsilon: float = None,  # first radius, pixels in [0, 1]; None: from the first gradient. Paper: 1
+        gamma: float = 0.05,  # by how much the radius changes at first
+        min_gamma: float = 0.001,  # at last. Paper: 0.05
+        max_stepsize: float = 1.0,  # first step, pixels in [0, 1]
+        min_stepsize: float = 0.01,  # last step
+        loss='cross-entropy',  # see `as_loss`
+        binary_search_steps: int = 10,  # towards `starting_points`, where they are given
     ):
-        self.steps, self.init_epsilon, self.gamma, self.min_gamma = steps, init_epsilon, gamma, min_gamma
-        self.max_stepsize, self.min_stepsize, self.loss, self.binary_search_steps = max_stepsize, min_stepsize, loss, binary_search_steps
+        self.steps, self.init_epsilon, self.gamma, self.min_gamma = (
+            steps,
+            init_epsilon,
+            gamma,
+            min_gamma,
+        )
+        self.max_stepsize, self.min_stepsize, self.loss, self.binary_search_steps = (
+            max_stepsize,
+            min_stepsize,
+            loss,
+            binary_search_steps,
+        )
 
     part = L2FMN.part
 
 # %% ../nbs/06b1_minimal_attacks.ipynb #4e424577
 @patch
-def search(self:DDN, model, x, criterion, confidence=0., start=None): # as `FMN.search`
+def search(
+    self: DDN, model, x, criterion, confidence=0.0, start=None
+):  # as `FMN.search`
     "Algorithm 1."
     (classes, sign, lead), loss = _lead(criterion, confidence), as_loss(self.loss)
-    found, now, most = Met(x, 2), x if start is None else start, _norm(torch.maximum(x, 1 - x))
-    measure = self.init_epsilon is None and start is None # the first gradient is the margin's, and only measures the way
-    size = _norm(now - x) if start is not None else x.new_full((len(x),), self.init_epsilon or 0.)
+    found, now, most = (
+        Met(x, 2),
+        x if start is None else start,
+        _norm(torch.maximum(x, 1 - x)),
+    )
+    measure = (
+        self.init_epsilon is None and start is None
+    )  # the first gradient is the margin's, and only measures the way
+    size = (
+        _norm(now - x)
+        if start is not None
+        else x.new_full((len(x),), self.init_epsilon or 0.0)
+    )
     total, aside = x.new_zeros(len(x)), start_noise(x)
     for i in range(self.steps):
         leads = []
+
         def follow(logits, y):
             leads.append(lead(logits, y))
-            return leads[0] if measure and i == 0 else sign*loss(logits, y)
+            return leads[0] if measure and i == 0 else sign * loss(logits, y)
+
         gradient = input_gradient(model, now, classes, follow)[0]
-        value, total = leads[0].detach(), total if measure and i == 0 else total + gradient.flatten(1).sum(1)
+        value, total = (
+            leads[0].detach(),
+            total if measure and i == 0 else total + gradient.flatten(1).sum(1),
+        )
         won, slope, fall = value > 0, _norm(gradient), _fall(i, self.steps)
         found.note(now, won)
         if measure and i == 0:
-            size = self.reach*_way(value, slope)
+            size = self.reach * _way(value, slope)
             continue
-        gamma, step = self.min_gamma + (self.gamma - self.min_gamma)*fall, self.min_stepsize + (self.max_stepsize - self.min_stepsize)*fall
-        size = torch.minimum(torch.where(won, torch.minimum(size, found.least)*(1 - gamma), size*(1 + gamma)), most)
-        ahead = now - x + step*_normal(torch.where(_column(slope > 0, x), gradient, aside))
-        now = (x + _normal(ahead)*_column(size, x)).clamp(0, 1)
-    if self.steps > measure: check_gradients(model, total, found.best, classes, sign, loss)
+        gamma, step = (
+            self.min_gamma + (self.gamma - self.min_gamma) * fall,
+            self.min_stepsize + (self.max_stepsize - self.min_stepsize) * fall,
+        )
+        size = torch.minimum(
+            torch.where(
+                won, torch.minimum(size, found.least) * (1 - gamma), size * (1 + gamma)
+            ),
+            most,
+        )
+        ahead = (
+            now
+            - x
+            + step * _normal(torch.where(_column(slope > 0, x), gradient, aside))
+        )
+        now = (x + _normal(ahead) * _column(size, x)).clamp(0, 1)
+    if self.steps > measure:
+        check_gradients(model, total, found.best, classes, sign, loss)
     return found
 
 # %% ../nbs/06b1_minimal_attacks.ipynb #e1293d0b
 def _of_one_norm(attacks, what):
-    good = all(isinstance(a, MinimizationAttack) for a in attacks) and len({a.distance.p for a in attacks}) == 1
-    if not good: raise InputError(f'{what} are {attacks}: give minimal-norm attacks, at least one, all of the same norm')
+    good = (
+        all(isinstance(a, MinimizationAttack) for a in attacks)
+        and len({a.distance.p for a in attacks}) == 1
+    )
+    if not good:
+        raise InputError(
+            f'{what} are {attacks}: give minimal-norm attacks, at least one, all of the same norm'
+        )
     return tuple(attacks)
+
 
 class NearestOf(MinimalAttack):
     "Several minimal-norm attacks as one: the nearest image that any of them finds."
+
     valid = dict(attacks=_of_one_norm)
 
-    def __init__(self,
-        *attacks,                  # of this page, or foolbox's
-        binary_search_steps:int=10,# towards `starting_points`, where they are given
-    ): self.attacks, self.binary_search_steps = attacks, binary_search_steps
+    def __init__(
+        self,
+        *attacks,  # of this page, or foolbox's
+        binary_search_steps: int = 10,  # towards `starting_points`, where they are given
+    ):
+        self.attacks, self.binary_search_steps = attacks, binary_search_steps
 
     @property
-    def distance(self): return self.attacks[0].distance
-    def part(self, x, start, share): return self.attacks[0].part(x, start, share)
+    def distance(self):
+        return self.attacks[0].distance
+
+    def part(self, x, start, share):
+        return self.attacks[0].part(x, start, share)
 
 # %% ../nbs/06b1_minimal_attacks.ipynb #a1fc066e
 @patch
-def search(self:NearestOf, model, x, criterion, confidence=0., start=None): # as `FMN.search`
+def search(
+    self: NearestOf, model, x, criterion, confidence=0.0, start=None
+):  # as `FMN.search`
     "Each attack in turn, on all images."
     (classes, _, lead), found = _lead(criterion, confidence), Met(x, self.distance.p)
     still = getattr(model, 'still', 0)
@@ -226,30 +397,44 @@ def search(self:NearestOf, model, x, criterion, confidence=0., start=None): # as
             found.note(one.best, one.least < math.inf)
         else:
             image = attack.run(model, x, criterion).detach()
-            with torch.no_grad(): found.note(image, lead(model(image), classes) > 0)
-    if isinstance(model, PreparedModel) and found.least.isfinite().all(): model.still = still # where one stood, another went on
+            with torch.no_grad():
+                found.note(image, lead(model(image), classes) > 0)
+    if isinstance(model, PreparedModel) and found.least.isfinite().all():
+        model.still = still  # where one stood, another went on
     return found
 
+
 @patch(as_prop=True)
-def steps(self:NearestOf): return sum(a.steps for a in self.attacks) # gradients of all of them
+def steps(self: NearestOf):
+    return sum(a.steps for a in self.attacks)  # gradients of all of them
+
 
 @patch(set_prop=True)
-def steps(self:NearestOf, total): # divided as before
-    shared, before = [copy.copy(a) for a in self.attacks], self.steps # `total` is checked already
-    for a in shared: a.steps = max(1, a.steps*total//before)
+def steps(self: NearestOf, total):  # divided as before
+    shared, before = (
+        [copy.copy(a) for a in self.attacks],
+        self.steps,
+    )  # `total` is checked already
+    for a in shared:
+        a.steps = max(1, a.steps * total // before)
     self.attacks = tuple(shared)
 
 # %% ../nbs/06b1_minimal_attacks.ipynb #12ef79d6
-def ddn(steps:int=100, **kwargs)->DDN: # settings as in `DDN`
+def ddn(steps: int = 100, **kwargs) -> DDN:  # settings as in `DDN`
     "Decoupled direction and norm, L2."
     return DDN(steps=steps, **kwargs)
 
+
 def nearest_l2(
-    steps:int=300, # gradients of all together, at least 3
-)->NearestOf:      # an attack
+    steps: int = 300,  # gradients of all together, at least 3
+) -> NearestOf:  # an attack
     "The nearest of DDN, on cross-entropy and on the margin, and L2FMN, beyond 400 gradients with long steps too: the minimal-norm member of the audit."
-    if check_count(steps, 'steps') < 3: raise InputError(f'steps is {steps}: it must be at least 3, one for each of the three attacks')
-    each = steps//4 if steps > 400 else steps//3
+    if check_count(steps, 'steps') < 3:
+        raise InputError(
+            f'steps is {steps}: it must be at least 3, one for each of the three attacks'
+        )
+    each = steps // 4 if steps > 400 else steps // 3
     attacks = [DDN(steps=each), DDN(steps=each, loss='margin')]
-    if steps > 400: attacks.append(L2FMN(steps=each, max_stepsize=3.))
-    return NearestOf(*attacks, L2FMN(steps=steps - len(attacks)*each))
+    if steps > 400:
+        attacks.append(L2FMN(steps=each, max_stepsize=3.0))
+    return NearestOf(*attacks, L2FMN(steps=steps - len(attacks) * each))

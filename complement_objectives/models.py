@@ -25,272 +25,416 @@ from .core import InputError, choose, evaluating, weight_type
 # %% ../nbs/02_models.ipynb #23e5ca4a
 class PixelNorm(nn.Module):
     "`(x - mean) / std` per channel, with pixels in [0, 1] coming in."
-    def __init__(self,
-        mean=0., # per-channel means in pixel units, or one number
-        std=1.,  # per-channel deviations, or one number
+
+    def __init__(
+        self,
+        mean=0.0,  # per-channel means in pixel units, or one number
+        std=1.0,  # per-channel deviations, or one number
     ):
         super().__init__()
         for name, value in dict(mean=mean, std=std).items():
-            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1))
+            self.register_buffer(
+                name, torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
+            )
 
-    def forward(self,
-        x:torch.Tensor, # (N, C, H, W) pixels
-    )->torch.Tensor:    # the same shape, normalised
+    def forward(
+        self,
+        x: torch.Tensor,  # (N, C, H, W) pixels
+    ) -> torch.Tensor:  # the same shape, normalised
         return (x - self.mean) / self.std
 
 # %% ../nbs/02_models.ipynb #5287daa9
-def _fault(x, channels, smallest, largest): # what is wrong with images `x`, or None
+def _fault(x, channels, smallest, largest):  # what is wrong with images `x`, or None
     side = f'{smallest}×{smallest}'
-    if x.dim() != 4: return f'images must have the shape (N, C, H, W), got {tuple(x.shape)}'
+    if x.dim() != 4:
+        return f'images must have the shape (N, C, H, W), got {tuple(x.shape)}'
     size = f'{x.shape[2]}×{x.shape[3]}'
-    if not x.is_floating_point(): return f'pixels must be floating point in [0, 1], got {x.dtype}: divide bytes by 255'
-    if x.shape[1] != channels: return f'this network takes {channels}-channel images, got {x.shape[1]}-channel: build it with in_channels={x.shape[1]}'
-    if min(x.shape[2:]) < smallest: return f'this network takes images of at least {side} pixels, got {size}: enlarge or pad them'
-    if largest and max(x.shape[2:]) > largest: return f'this network takes images of {side} pixels, got {size}: resize or crop them'
+    if not x.is_floating_point():
+        return f'pixels must be floating point in [0, 1], got {x.dtype}: divide bytes by 255'
+    if x.shape[1] != channels:
+        return f'this network takes {channels}-channel images, got {x.shape[1]}-channel: build it with in_channels={x.shape[1]}'
+    if min(x.shape[2:]) < smallest:
+        return f'this network takes images of at least {side} pixels, got {size}: enlarge or pad them'
+    if largest and max(x.shape[2:]) > largest:
+        return f'this network takes images of {side} pixels, got {size}: resize or crop them'
 
 # %% ../nbs/02_models.ipynb #c9e568ab
 class Classifier(nn.Module):
     "A network cut before its last layer (RCE §2.1): `norm`, `body` and `head`."
-    takes = None # no check of the images
-    def __init__(self,
-        body:nn.Module,   # from normalised pixels to hidden vectors (N, D)
-        n_hidden:int,     # D
-        n_classes:int,    # K, at least 2
-        mean=0.,          # for `PixelNorm`
-        std=1.,           # for `PixelNorm`
-        takes:tuple=None, # images it can read: (channels, smallest side, largest side or None); None: not checked
+
+    takes = None  # no check of the images
+
+    def __init__(
+        self,
+        body: nn.Module,  # from normalised pixels to hidden vectors (N, D)
+        n_hidden: int,  # D
+        n_classes: int,  # K, at least 2
+        mean=0.0,  # for `PixelNorm`
+        std=1.0,  # for `PixelNorm`
+        takes: tuple = None,  # images it can read: (channels, smallest side, largest side or None); None: not checked
     ):
         super().__init__()
-        if n_classes < 2: raise InputError(f'a classifier needs at least 2 classes, got {n_classes}')
-        self.norm, self.body, self.head = PixelNorm(mean, std), body, nn.Linear(n_hidden, n_classes)
+        if n_classes < 2:
+            raise InputError(f'a classifier needs at least 2 classes, got {n_classes}')
+        self.norm, self.body, self.head = (
+            PixelNorm(mean, std),
+            body,
+            nn.Linear(n_hidden, n_classes),
+        )
         self.takes = takes
 
-    def hidden(self,
-        x:torch.Tensor, # (N, C, H, W) pixels in [0, 1]
-    )->torch.Tensor:    # (N, D) final hidden vectors; `InputError` for images that do not fit `takes`
-        if self.takes and (fault := _fault(x, *self.takes)): raise InputError(fault)
+    def hidden(
+        self,
+        x: torch.Tensor,  # (N, C, H, W) pixels in [0, 1]
+    ) -> (
+        torch.Tensor
+    ):  # (N, D) final hidden vectors; `InputError` for images that do not fit `takes`
+        if self.takes and (fault := _fault(x, *self.takes)):
+            raise InputError(fault)
         return self.body(self.norm(x))
 
-    def hidden_and_logits(self,
-        x:torch.Tensor, # (N, C, H, W) pixels in [0, 1]
-    )->tuple:           # hidden vectors (N, D) and logits (N, K)
+    def hidden_and_logits(
+        self,
+        x: torch.Tensor,  # (N, C, H, W) pixels in [0, 1]
+    ) -> tuple:  # hidden vectors (N, D) and logits (N, K)
         z = self.hidden(x)
         return z, self.head(z)
 
-    def forward(self,
-        x:torch.Tensor, # (N, C, H, W) pixels in [0, 1]
-    )->torch.Tensor:    # (N, K) logits
+    def forward(
+        self,
+        x: torch.Tensor,  # (N, C, H, W) pixels in [0, 1]
+    ) -> torch.Tensor:  # (N, K) logits
         return self.head(self.hidden(x))
 
 # %% ../nbs/02_models.ipynb #93569f75
 def lenet5(
-    n_classes:int=10,  # K
-    in_channels:int=1, # 1 for grey images
-    **norm,            # `mean` and `std` of the pixels
-)->Classifier:         # for 28×28 images; hidden vectors have 84 units
+    n_classes: int = 10,  # K
+    in_channels: int = 1,  # 1 for grey images
+    **norm,  # `mean` and `std` of the pixels
+) -> Classifier:  # for 28×28 images; hidden vectors have 84 units
     "LeNet-5 with ReLU and max-pooling (LeCun et al. 1998; the network of GCE §5.1 on MNIST)."
     body = nn.Sequential(
-        nn.Conv2d(in_channels, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU())
+        nn.Conv2d(in_channels, 6, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(400, 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+    )
     return Classifier(body, 84, n_classes, takes=(in_channels, 28, 28), **norm)
 
 # %% ../nbs/02_models.ipynb #43c53096
 def n_parameters(
-    model:nn.Module, # any network
-)->int:              # how many numbers it learns
+    model: nn.Module,  # any network
+) -> int:  # how many numbers it learns
     "Count the learned parameters."
     return sum(p.numel() for p in model.parameters())
 
 # %% ../nbs/02_models.ipynb #59a5e95e
 def digits_cnn(
-    n_classes:int=10,  # K
-    in_channels:int=1, # 1 for grey images
-    **norm,            # `mean` and `std` of the pixels
-)->Classifier:         # for 8×8 images; hidden vectors have 64 units
+    n_classes: int = 10,  # K
+    in_channels: int = 1,  # 1 for grey images
+    **norm,  # `mean` and `std` of the pixels
+) -> Classifier:  # for 8×8 images; hidden vectors have 64 units
     "Two 3×3 convolutions, one pooling and 64 hidden units, for scikit-learn's 8×8 digits."
     body = nn.Sequential(
-        nn.Conv2d(in_channels, 16, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(512, 64), nn.ReLU())
+        nn.Conv2d(in_channels, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(512, 64),
+        nn.ReLU(),
+    )
     return Classifier(body, 64, n_classes, takes=(in_channels, 8, 8), **norm)
 
 # %% ../nbs/02_models.ipynb #5fdebacf
-def _he(body:nn.Module)->nn.Module: # every convolution drawn as He et al. (ICCV 2015), biases zero; returns `body`
+def _he(
+    body: nn.Module,
+) -> (
+    nn.Module
+):  # every convolution drawn as He et al. (ICCV 2015), biases zero; returns `body`
     for m in body.modules():
-        if not isinstance(m, nn.Conv2d): continue
+        if not isinstance(m, nn.Conv2d):
+            continue
         nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
-        if m.bias is not None: nn.init.zeros_(m.bias)
+        if m.bias is not None:
+            nn.init.zeros_(m.bias)
     return body
 
 # %% ../nbs/02_models.ipynb #f5d094af
 class PadShortcut(nn.Module):
     "The parameter-free shortcut between stages (He et al., CVPR 2016, option A): subsample by 2, pad channels with zeros."
-    def __init__(self,
-        extra:int,       # how many channels to add, half on each side
-        pool:bool=False, # average 2×2 squares (RCE's code) instead of taking every second pixel
+
+    def __init__(
+        self,
+        extra: int,  # how many channels to add, half on each side
+        pool: bool = False,  # average 2×2 squares (RCE's code) instead of taking every second pixel
     ):
         super().__init__()
         self.extra, self.pool = extra, pool
 
-    def forward(self,
-        x:torch.Tensor, # (N, C, H, W)
-    )->torch.Tensor:    # (N, C + extra, H/2, W/2), rounded up
+    def forward(
+        self,
+        x: torch.Tensor,  # (N, C, H, W)
+    ) -> torch.Tensor:  # (N, C + extra, H/2, W/2), rounded up
         small = F.avg_pool2d(x, 2, ceil_mode=True) if self.pool else x[:, :, ::2, ::2]
         before = self.extra // 2
         return F.pad(small, (0, 0, 0, 0, before, self.extra - before))
 
 # %% ../nbs/02_models.ipynb #6cd8c03d
-def _units(depth:int, each:int, plus:int)->int: # n in depth = each·n + plus
+def _units(depth: int, each: int, plus: int) -> int:  # n in depth = each·n + plus
     n, rest = divmod(depth - plus, each)
-    examples = ', '.join(str(each*i + plus) for i in (3, 5, 9, 18))
-    if rest or n < 1: raise InputError(f'depth must be {each}n + {plus} ({examples}, …), got {depth}')
+    examples = ', '.join(str(each * i + plus) for i in (3, 5, 9, 18))
+    if rest or n < 1:
+        raise InputError(f'depth must be {each}n + {plus} ({examples}, …), got {depth}')
     return n
 
-def _pooled(*layers:nn.Module)->nn.Module: # layers, then the mean over pixels: maps (N, D, H, W) → vectors (N, D)
+
+def _pooled(
+    *layers: nn.Module,
+) -> nn.Module:  # layers, then the mean over pixels: maps (N, D, H, W) → vectors (N, D)
     return _he(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
 
 # %% ../nbs/02_models.ipynb #cc1d0533
-def _conv(n_in:int, n_out:int, size:int=3, stride:int=1)->nn.Module: # convolution that keeps the image's size at stride 1
-    return nn.Conv2d(n_in, n_out, size, stride, padding=size//2, bias=False)
+def _conv(
+    n_in: int, n_out: int, size: int = 3, stride: int = 1
+) -> nn.Module:  # convolution that keeps the image's size at stride 1
+    return nn.Conv2d(n_in, n_out, size, stride, padding=size // 2, bias=False)
 
-def _stem(n_in:int, n_out:int)->list: # first convolution, its normalisation and ReLU
-    return [nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU(inplace=True)]
 
-def _stage(n_in:int, n_out:int, n_blocks:int)->list: # residual blocks of one width
-    if n_in == n_out: first = BasicBlock(n_in, n_out)
-    else: first = BasicBlock(n_in, n_out, stride=2, downsample=PadShortcut(n_out - n_in))
+def _stem(
+    n_in: int, n_out: int
+) -> list:  # first convolution, its normalisation and ReLU
+    return [
+        nn.Conv2d(n_in, n_out, 3, padding=1, bias=False),
+        nn.BatchNorm2d(n_out),
+        nn.ReLU(inplace=True),
+    ]
+
+
+def _stage(
+    n_in: int, n_out: int, n_blocks: int
+) -> list:  # residual blocks of one width
+    if n_in == n_out:
+        first = BasicBlock(n_in, n_out)
+    else:
+        first = BasicBlock(n_in, n_out, stride=2, downsample=PadShortcut(n_out - n_in))
     return [first] + [BasicBlock(n_out, n_out) for _ in range(n_blocks - 1)]
 
 # %% ../nbs/02_models.ipynb #c2db7815
 def cifar_resnet(
-    depth:int=20,      # 6n + 2: 20, 32, 44, 56, 110
-    n_classes:int=10,  # K
-    in_channels:int=3, # 3 for colour images
-    **norm,            # `mean` and `std` of the pixels
-)->Classifier:         # for 32×32 images; hidden vectors have 64 units
+    depth: int = 20,  # 6n + 2: 20, 32, 44, 56, 110
+    n_classes: int = 10,  # K
+    in_channels: int = 3,  # 3 for colour images
+    **norm,  # `mean` and `std` of the pixels
+) -> Classifier:  # for 32×32 images; hidden vectors have 64 units
     "The CIFAR residual network of He et al. (CVPR 2016, §4.2), with option-A shortcuts; ResNet-56 in GCE §5.1, ResNet-110 in COT §3.2."
     n = _units(depth, 6, 2)
-    body = _pooled(*_stem(in_channels, 16), *_stage(16, 16, n), *_stage(16, 32, n), *_stage(32, 64, n))
+    body = _pooled(
+        *_stem(in_channels, 16),
+        *_stage(16, 16, n),
+        *_stage(16, 32, n),
+        *_stage(32, 64, n),
+    )
     return Classifier(body, 64, n_classes, takes=(in_channels, 8, None), **norm)
 
 # %% ../nbs/02_models.ipynb #e7a67b5f
 class PreActBlock(nn.Module):
     "Normalise, activate, convolve, twice; then add (He et al., ECCV 2016, Fig 1b)."
-    def __init__(self,
-        n_in:int,                # channels in
-        n_out:int,               # channels out
-        stride:int=1,            # of the first convolution
-        shortcut:nn.Module=None, # from the input's shape to the output's; None: the identity
-        shared:bool=False,       # the shortcut starts after the first activation instead of before
-        act=nn.ReLU,             # makes an activation, given `inplace`
-        norm=nn.BatchNorm2d,     # makes a normalisation for so many channels
+
+    def __init__(
+        self,
+        n_in: int,  # channels in
+        n_out: int,  # channels out
+        stride: int = 1,  # of the first convolution
+        shortcut: nn.Module = None,  # from the input's shape to the output's; None: the identity
+        shared: bool = False,  # the shortcut starts after the first activation instead of before
+        act=nn.ReLU,  # makes an activation, given `inplace`
+        norm=nn.BatchNorm2d,  # makes a normalisation for so many channels
     ):
         super().__init__()
         self.norm1, self.conv1 = norm(n_in), _conv(n_in, n_out, stride=stride)
         self.norm2, self.conv2 = norm(n_out), _conv(n_out, n_out)
-        self.act, self.shortcut, self.shared = act(inplace=True), shortcut or nn.Identity(), shared
+        self.act, self.shortcut, self.shared = (
+            act(inplace=True),
+            shortcut or nn.Identity(),
+            shared,
+        )
 
-    def forward(self,
-        x:torch.Tensor, # (N, n_in, H, W)
-    )->torch.Tensor:    # (N, n_out, H/stride, W/stride)
+    def forward(
+        self,
+        x: torch.Tensor,  # (N, n_in, H, W)
+    ) -> torch.Tensor:  # (N, n_out, H/stride, W/stride)
         active = self.act(self.norm1(x))
         short = self.shortcut(active if self.shared else x)
         return self.conv2(self.act(self.norm2(self.conv1(active)))) + short
 
 # %% ../nbs/02_models.ipynb #cce3cdc4
-def _preact_stage(n_in:int, n_out:int, n_blocks:int, stride:int)->list: # blocks of one width; 1×1 shortcut where shapes change
-    if stride == 1 and n_in == n_out: first = PreActBlock(n_in, n_out)
-    else: first = PreActBlock(n_in, n_out, stride, _conv(n_in, n_out, 1, stride), shared=True)
+def _preact_stage(
+    n_in: int, n_out: int, n_blocks: int, stride: int
+) -> list:  # blocks of one width; 1×1 shortcut where shapes change
+    if stride == 1 and n_in == n_out:
+        first = PreActBlock(n_in, n_out)
+    else:
+        first = PreActBlock(
+            n_in, n_out, stride, _conv(n_in, n_out, 1, stride), shared=True
+        )
     return [first] + [PreActBlock(n_out, n_out) for _ in range(n_blocks - 1)]
 
 # %% ../nbs/02_models.ipynb #73a3ef05
 def preact_resnet18(
-    n_classes:int=10,      # K
-    in_channels:int=3,     # 3 for colour images
-    final_norm:bool=False, # normalise and activate the last sum, as He et al. do and COT's code does not
-    **norm,                # `mean` and `std` of the pixels
-)->Classifier:             # for 32×32 images; hidden vectors have 512 units
+    n_classes: int = 10,  # K
+    in_channels: int = 3,  # 3 for colour images
+    final_norm: bool = False,  # normalise and activate the last sum, as He et al. do and COT's code does not
+    **norm,  # `mean` and `std` of the pixels
+) -> Classifier:  # for 32×32 images; hidden vectors have 512 units
     "PreAct ResNet-18 (He et al., ECCV 2016) for 32×32 images, as in COT §3.2 and its released code."
     widths = [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]
-    stages = [block for v, w, stride in widths for block in _preact_stage(v, w, 2, stride)]
+    stages = [
+        block for v, w, stride in widths for block in _preact_stage(v, w, 2, stride)
+    ]
     last = [nn.BatchNorm2d(512), nn.ReLU(inplace=True)] if final_norm else []
-    return Classifier(_pooled(_conv(in_channels, 64), *stages, *last), 512, n_classes, takes=(in_channels, 8, None), **norm)
+    return Classifier(
+        _pooled(_conv(in_channels, 64), *stages, *last),
+        512,
+        n_classes,
+        takes=(in_channels, 8, None),
+        **norm,
+    )
 
 # %% ../nbs/02_models.ipynb #2c478314
-def _leaky_block(n_in:int, n_out:int, first:bool=False)->nn.Module: # a block of RCE's code
-    shape = {} if n_in == n_out else dict(stride=2, shortcut=PadShortcut(n_out - n_in, pool=True))
-    return PreActBlock(n_in, n_out, **shape, shared=first, act=partial(nn.LeakyReLU, 0.1), norm=partial(nn.BatchNorm2d, eps=1e-3))
+def _leaky_block(
+    n_in: int, n_out: int, first: bool = False
+) -> nn.Module:  # a block of RCE's code
+    shape = (
+        {}
+        if n_in == n_out
+        else dict(stride=2, shortcut=PadShortcut(n_out - n_in, pool=True))
+    )
+    return PreActBlock(
+        n_in,
+        n_out,
+        **shape,
+        shared=first,
+        act=partial(nn.LeakyReLU, 0.1),
+        norm=partial(nn.BatchNorm2d, eps=1e-3),
+    )
 
 # %% ../nbs/02_models.ipynb #85628545
 def leaky_preact_resnet(
-    depth:int=32,      # 6n + 2: 32 and 56 in the paper
-    n_classes:int=10,  # K
-    in_channels:int=3, # 3 for colour images, 1 for MNIST
-    **norm,            # `mean` and `std` of the pixels; the paper centres them: mean=0.5
-)->Classifier:         # for 28×28 or 32×32 images; hidden vectors have 64 units
+    depth: int = 32,  # 6n + 2: 32 and 56 in the paper
+    n_classes: int = 10,  # K
+    in_channels: int = 3,  # 3 for colour images, 1 for MNIST
+    **norm,  # `mean` and `std` of the pixels; the paper centres them: mean=0.5
+) -> Classifier:  # for 28×28 or 32×32 images; hidden vectors have 64 units
     "RCE's ResNet-32 and ResNet-56 (RCE §4 and its released code): pre-activation, leaky ReLU 0.1."
     n = _units(depth, 6, 2)
-    widths = [16]*(n + 1) + [32]*n + [64]*n
-    blocks = [_leaky_block(v, w, first=i == 0) for i, (v, w) in enumerate(zip(widths, widths[1:]))]
-    body = _pooled(_conv(in_channels, 16), *blocks, nn.BatchNorm2d(64, eps=1e-3), nn.LeakyReLU(0.1, inplace=True))
+    widths = [16] * (n + 1) + [32] * n + [64] * n
+    blocks = [
+        _leaky_block(v, w, first=i == 0)
+        for i, (v, w) in enumerate(zip(widths, widths[1:]))
+    ]
+    body = _pooled(
+        _conv(in_channels, 16),
+        *blocks,
+        nn.BatchNorm2d(64, eps=1e-3),
+        nn.LeakyReLU(0.1, inplace=True),
+    )
     return Classifier(body, 64, n_classes, takes=(in_channels, 8, None), **norm)
 
 # %% ../nbs/02_models.ipynb #3c61ab98
 def tiny_imagenet_resnet(
-    depth:int=50,       # 50 or 101
-    groups:int=1,       # cardinality: 32 for ResNeXt
-    base_width:int=64,  # width of each group in the first stage: 4 for ResNeXt 32×4d
-    n_classes:int=200,  # K
-    in_channels:int=3,  # 3 for colour images
-    **norm,             # `mean` and `std` of the pixels
-)->Classifier:          # for 64×64 images, from 32×32 upwards; hidden vectors have 2048 units
+    depth: int = 50,  # 50 or 101
+    groups: int = 1,  # cardinality: 32 for ResNeXt
+    base_width: int = 64,  # width of each group in the first stage: 4 for ResNeXt 32×4d
+    n_classes: int = 200,  # K
+    in_channels: int = 3,  # 3 for colour images
+    **norm,  # `mean` and `std` of the pixels
+) -> Classifier:  # for 64×64 images, from 32×32 upwards; hidden vectors have 2048 units
     "torchvision's ResNet (He et al., CVPR 2016) or ResNeXt (Xie et al. 2017) for Tiny ImageNet (GCE §5.1, COT §3.2): first stride 1."
-    if depth not in (50, 101): raise InputError(f'depth must be 50 or 101, got {depth}')
-    body = ResNet(Bottleneck, [3, 4, 6 if depth == 50 else 23, 3], groups=groups, width_per_group=base_width)
-    body.conv1, body.fc = _he(nn.Conv2d(in_channels, 64, 7, padding=3, bias=False)), nn.Identity()
+    if depth not in (50, 101):
+        raise InputError(f'depth must be 50 or 101, got {depth}')
+    body = ResNet(
+        Bottleneck,
+        [3, 4, 6 if depth == 50 else 23, 3],
+        groups=groups,
+        width_per_group=base_width,
+    )
+    body.conv1, body.fc = (
+        _he(nn.Conv2d(in_channels, 64, 7, padding=3, bias=False)),
+        nn.Identity(),
+    )
     return Classifier(body, 2048, n_classes, takes=(in_channels, 32, None), **norm)
 
 # %% ../nbs/02_models.ipynb #febdc0d0
-def _bottleneck_stage(n_in:int, planes:int, n_blocks:int, stride:int, **groups)->list: # bottlenecks up to 4·planes channels, the first projected
-    projection = nn.Sequential(_conv(n_in, 4*planes, 1, stride), nn.BatchNorm2d(4*planes))
-    return [Bottleneck(n_in, planes, stride, projection, **groups)] + [Bottleneck(4*planes, planes, **groups) for _ in range(n_blocks - 1)]
+def _bottleneck_stage(
+    n_in: int, planes: int, n_blocks: int, stride: int, **groups
+) -> list:  # bottlenecks up to 4·planes channels, the first projected
+    projection = nn.Sequential(
+        _conv(n_in, 4 * planes, 1, stride), nn.BatchNorm2d(4 * planes)
+    )
+    return [Bottleneck(n_in, planes, stride, projection, **groups)] + [
+        Bottleneck(4 * planes, planes, **groups) for _ in range(n_blocks - 1)
+    ]
 
 # %% ../nbs/02_models.ipynb #a9ee4f96
 def cifar_resnext(
-    depth:int=29,      # 9n + 2
-    groups:int=2,      # cardinality
-    base_width:int=64, # width of a group in the first stage
-    n_classes:int=10,  # K
-    in_channels:int=3, # 3 for colour images
-    **norm,            # `mean` and `std` of the pixels
-)->Classifier:         # for 32×32 images; hidden vectors have 1024 units
+    depth: int = 29,  # 9n + 2
+    groups: int = 2,  # cardinality
+    base_width: int = 64,  # width of a group in the first stage
+    n_classes: int = 10,  # K
+    in_channels: int = 3,  # 3 for colour images
+    **norm,  # `mean` and `std` of the pixels
+) -> Classifier:  # for 32×32 images; hidden vectors have 1024 units
     "ResNeXt for CIFAR (Xie et al. 2017, §5.3); ResNeXt-29 (2×64d) in COT §3.2."
     n, width = _units(depth, 9, 2), dict(groups=groups, base_width=base_width)
     plan = [(64, 64, 1), (256, 128, 2), (512, 256, 2)]
-    stages = [block for v, planes, stride in plan for block in _bottleneck_stage(v, planes, n, stride, **width)]
-    return Classifier(_pooled(*_stem(in_channels, 64), *stages), 1024, n_classes, takes=(in_channels, 8, None), **norm)
+    stages = [
+        block
+        for v, planes, stride in plan
+        for block in _bottleneck_stage(v, planes, n, stride, **width)
+    ]
+    return Classifier(
+        _pooled(*_stem(in_channels, 64), *stages),
+        1024,
+        n_classes,
+        takes=(in_channels, 8, None),
+        **norm,
+    )
 
 # %% ../nbs/02_models.ipynb #d4dc3d43
 def wide_resnet(
-    depth:int=28,      # 6n + 4: 16, 22, 28, 40
-    widen:int=10,      # k: the stages have 16k, 32k and 64k channels
-    n_classes:int=10,  # K
-    in_channels:int=3, # 3 for colour images
-    **norm,            # `mean` and `std` of the pixels
-)->Classifier:         # for 32×32 images; hidden vectors have 64k units
+    depth: int = 28,  # 6n + 4: 16, 22, 28, 40
+    widen: int = 10,  # k: the stages have 16k, 32k and 64k channels
+    n_classes: int = 10,  # K
+    in_channels: int = 3,  # 3 for colour images
+    **norm,  # `mean` and `std` of the pixels
+) -> Classifier:  # for 32×32 images; hidden vectors have 64k units
     "Wide residual network (Zagoruyko and Komodakis 2016), without dropout; WideResNet-28-10 in COT §3.2."
-    n, (a, b, c) = _units(depth, 6, 4), (16*widen, 32*widen, 64*widen)
-    stages = _preact_stage(16, a, n, 1) + _preact_stage(a, b, n, 2) + _preact_stage(b, c, n, 2)
-    body = _pooled(_conv(in_channels, 16), *stages, nn.BatchNorm2d(c), nn.ReLU(inplace=True))
+    n, (a, b, c) = _units(depth, 6, 4), (16 * widen, 32 * widen, 64 * widen)
+    stages = (
+        _preact_stage(16, a, n, 1)
+        + _preact_stage(a, b, n, 2)
+        + _preact_stage(b, c, n, 2)
+    )
+    body = _pooled(
+        _conv(in_channels, 16), *stages, nn.BatchNorm2d(c), nn.ReLU(inplace=True)
+    )
     return Classifier(body, c, n_classes, takes=(in_channels, 8, None), **norm)
 
 # %% ../nbs/02_models.ipynb #0d06c9c1
 def densenet_bc_121(
-    n_classes:int=10,  # K
-    in_channels:int=3, # 3 for colour images
-    **norm,            # `mean` and `std` of the pixels
-)->Classifier:         # for 32×32 images; hidden vectors have 1024 units
+    n_classes: int = 10,  # K
+    in_channels: int = 3,  # 3 for colour images
+    **norm,  # `mean` and `std` of the pixels
+) -> Classifier:  # for 32×32 images; hidden vectors have 1024 units
     "torchvision's DenseNet-BC-121, k = 32 (Huang et al. 2017), with the CIFAR start: 3×3 convolution, no pooling (COT §3.2)."
     body = DenseNet(growth_rate=32, block_config=(6, 12, 24, 16), num_init_features=64)
     body.classifier = nn.Identity()
@@ -300,59 +444,76 @@ def densenet_bc_121(
 
 # %% ../nbs/02_models.ipynb #d92765e4
 def vgg11(
-    n_classes:int=30,      # K
-    in_channels:int=1,     # 1 for spectrograms
-    batch_norm:bool=True,  # normalise after each convolution
-    **norm,                # `mean` and `std` of the input
-)->Classifier:             # for 160×101 spectrograms, from 32×32 upwards; hidden vectors have 512 units
+    n_classes: int = 30,  # K
+    in_channels: int = 1,  # 1 for spectrograms
+    batch_norm: bool = True,  # normalise after each convolution
+    **norm,  # `mean` and `std` of the input
+) -> (
+    Classifier
+):  # for 160×101 spectrograms, from 32×32 upwards; hidden vectors have 512 units
     "torchvision's VGG-11 convolutions (Simonyan and Zisserman 2015), with 512 hidden units, for spectrograms (COT §3.3)."
     layers = make_layers(cfgs['A'], batch_norm=batch_norm)
     layers[0] = nn.Conv2d(in_channels, 64, 3, padding=1)
-    body = nn.Sequential(*_he(layers), nn.AdaptiveAvgPool2d((5, 3)), nn.Flatten(), nn.Linear(512*5*3, 512), nn.ReLU(inplace=True))
+    body = nn.Sequential(
+        *_he(layers),
+        nn.AdaptiveAvgPool2d((5, 3)),
+        nn.Flatten(),
+        nn.Linear(512 * 5 * 3, 512),
+        nn.ReLU(inplace=True),
+    )
     return Classifier(body, 512, n_classes, takes=(in_channels, 32, None), **norm)
 
 # %% ../nbs/02_models.ipynb #2a1b7142
 class ReverseLogits(nn.Module):
     "The network trained via RCE, `F_R(x) = softmax(-Z_pre)` (RCE §3.3): negates the logits of `model`."
-    def __init__(self,
-        model:nn.Module, # trained with reverse cross-entropy; anything with `hidden` and `hidden_and_logits` keeps them
+
+    def __init__(
+        self,
+        model: nn.Module,  # trained with reverse cross-entropy; anything with `hidden` and `hidden_and_logits` keeps them
     ):
         super().__init__()
         self.model = model
 
-    def hidden(self,
-        x:torch.Tensor, # (N, C, H, W) pixels
-    )->torch.Tensor:    # (N, D), those of `model`
+    def hidden(
+        self,
+        x: torch.Tensor,  # (N, C, H, W) pixels
+    ) -> torch.Tensor:  # (N, D), those of `model`
         return self.model.hidden(x)
 
-    def hidden_and_logits(self,
-        x:torch.Tensor, # (N, C, H, W) pixels
-    )->tuple:           # hidden vectors (N, D) of `model` and its logits (N, K), negated
+    def hidden_and_logits(
+        self,
+        x: torch.Tensor,  # (N, C, H, W) pixels
+    ) -> tuple:  # hidden vectors (N, D) of `model` and its logits (N, K), negated
         z, logits = self.model.hidden_and_logits(x)
         return z, -logits
 
-    def reset(self): # a recurrent network forgets what it has read
-        if hasattr(self.model, 'reset'): self.model.reset()
+    def reset(self):  # a recurrent network forgets what it has read
+        if hasattr(self.model, 'reset'):
+            self.model.reset()
 
-    def forward(self,
-        x:torch.Tensor, # (N, C, H, W) pixels
-        *more,          # further inputs: a table's numbers beside its categories
-        **named,        # the same, by name
-    )->torch.Tensor:    # (N, K) logits, negated; where `model` returns more than those, they come first
+    def forward(
+        self,
+        x: torch.Tensor,  # (N, C, H, W) pixels
+        *more,  # further inputs: a table's numbers beside its categories
+        **named,  # the same, by name
+    ) -> (
+        torch.Tensor
+    ):  # (N, K) logits, negated; where `model` returns more than those, they come first
         return negated_logits(self.model(x, *more, **named))
 
+
 def negated_logits(
-    output, # of a network: logits (N, K), or a tuple that begins with them
-):          # the same, with the logits negated
+    output,  # of a network: logits (N, K), or a tuple that begins with them
+):  # the same, with the logits negated
     "Turn the logits round, and leave alone what else the network returns."
     return -output if isinstance(output, torch.Tensor) else (-output[0], *output[1:])
 
 # %% ../nbs/02_models.ipynb #0d82fc2c
 def forward_batches(
-    model:nn.Module,    # with `hidden_and_logits`
-    x:torch.Tensor,     # (N, C, H, W) pixels in [0, 1], on any device
-    batch_size:int=1000 # images a forward pass
-)->tuple:               # hidden vectors (N, D) and logits (N, K), on the CPU
+    model: nn.Module,  # with `hidden_and_logits`
+    x: torch.Tensor,  # (N, C, H, W) pixels in [0, 1], on any device
+    batch_size: int = 1000,  # images a forward pass
+) -> tuple:  # hidden vectors (N, D) and logits (N, K), on the CPU
     "Hidden vectors and logits of a whole set; the network's modes are left as they were."
     device = next((p.device for p in model.parameters()), x.device)
     how = dict(device=device, dtype=weight_type(model) or x.dtype, copy=True)
@@ -363,65 +524,104 @@ def forward_batches(
 # %% ../nbs/02_models.ipynb #136daac9
 class Architecture(NamedTuple):
     "A network by name: what builds it, for which images, from which source. Calling it builds it."
-    build:callable # takes `n_classes`, `in_channels`, `mean` and `std`
-    size:tuple     # (C, H, W) of the images it was made for
-    source:str     # who published the network
-    trained:str    # where the papers train it
 
-    def __call__(self,
+    build: callable  # takes `n_classes`, `in_channels`, `mean` and `std`
+    size: tuple  # (C, H, W) of the images it was made for
+    source: str  # who published the network
+    trained: str  # where the papers train it
+
+    def __call__(
+        self,
         **kwargs,  # for `build`
-    )->Classifier: # freshly initialised
+    ) -> Classifier:  # freshly initialised
         return self.build(**kwargs)
 
 # %% ../nbs/02_models.ipynb #2231c34c
 _CIFAR, _TINY = (3, 32, 32), (3, 64, 64)
 _RESNET, _PREACT = 'He et al., CVPR 2016', 'He et al., ECCV 2016'
 _RESNEXT = 'Xie et al., CVPR 2017'
-def _resnet(depth, trained): return Architecture(partial(cifar_resnet, depth), _CIFAR, _RESNET, trained)
-def _tiny(depth, source, trained, **groups): return Architecture(partial(tiny_imagenet_resnet, depth, **groups), _TINY, source, trained)
+
+
+def _resnet(depth, trained):
+    return Architecture(partial(cifar_resnet, depth), _CIFAR, _RESNET, trained)
+
+
+def _tiny(depth, source, trained, **groups):
+    return Architecture(
+        partial(tiny_imagenet_resnet, depth, **groups), _TINY, source, trained
+    )
 
 # %% ../nbs/02_models.ipynb #3bc5daec
 MODELS = dict(
     digits_cnn=Architecture(digits_cnn, (1, 8, 8), 'this library', ''),
     lenet5=Architecture(lenet5, (1, 28, 28), 'LeCun et al., 1998', 'GCE §5.1'),
-    resnet20=_resnet(20, ''), resnet32=_resnet(32, ''), resnet56=_resnet(56, 'GCE §5.1'), resnet110=_resnet(110, 'COT §3.2'),
+    resnet20=_resnet(20, ''),
+    resnet32=_resnet(32, ''),
+    resnet56=_resnet(56, 'GCE §5.1'),
+    resnet110=_resnet(110, 'COT §3.2'),
     preact_resnet18=Architecture(preact_resnet18, _CIFAR, _PREACT, 'COT §3.2'),
-    preact_resnet32=Architecture(partial(leaky_preact_resnet, 32), _CIFAR, _PREACT, 'RCE §4'),
-    preact_resnet56=Architecture(partial(leaky_preact_resnet, 56), _CIFAR, _PREACT, 'RCE §4'),
+    preact_resnet32=Architecture(
+        partial(leaky_preact_resnet, 32), _CIFAR, _PREACT, 'RCE §4'
+    ),
+    preact_resnet56=Architecture(
+        partial(leaky_preact_resnet, 56), _CIFAR, _PREACT, 'RCE §4'
+    ),
     resnext29_2x64d=Architecture(cifar_resnext, _CIFAR, _RESNEXT, 'COT §3.2'),
-    wrn_28_10=Architecture(wide_resnet, _CIFAR, 'Zagoruyko & Komodakis, 2016', 'COT §3.2'),
-    densenet_bc_121=Architecture(densenet_bc_121, _CIFAR, 'Huang et al., CVPR 2017', 'COT §3.2'),
-    resnet50=_tiny(50, _RESNET, 'GCE §5.1, COT §3.2'), resnet101=_tiny(101, _RESNET, 'COT §3.2'),
+    wrn_28_10=Architecture(
+        wide_resnet, _CIFAR, 'Zagoruyko & Komodakis, 2016', 'COT §3.2'
+    ),
+    densenet_bc_121=Architecture(
+        densenet_bc_121, _CIFAR, 'Huang et al., CVPR 2017', 'COT §3.2'
+    ),
+    resnet50=_tiny(50, _RESNET, 'GCE §5.1, COT §3.2'),
+    resnet101=_tiny(101, _RESNET, 'COT §3.2'),
     resnext50=_tiny(50, _RESNEXT, 'COT §3.2', groups=32, base_width=4),
     resnext101=_tiny(101, _RESNEXT, 'COT §3.2', groups=32, base_width=4),
-    vgg11=Architecture(vgg11, (1, 160, 101), 'Simonyan & Zisserman, 2015', 'COT §3.3'))
+    vgg11=Architecture(vgg11, (1, 160, 101), 'Simonyan & Zisserman, 2015', 'COT §3.3'),
+)
 
 # %% ../nbs/02_models.ipynb #b6c296ac
 def create_model(
-    name:str,     # a key of `MODELS`
-    **kwargs,     # `n_classes`, `in_channels`, `mean`, `std`
-)->Classifier:    # freshly initialised from torch's global generator
+    name: str,  # a key of `MODELS`
+    **kwargs,  # `n_classes`, `in_channels`, `mean`, `std`
+) -> Classifier:  # freshly initialised from torch's global generator
     "Build a network by name; `InputError` for an unknown one."
     return choose(name, MODELS, 'model')(**kwargs)
 
 # %% ../nbs/02_models.ipynb #e5409c91
 def multiply_adds(
-    model:nn.Module, # any network, on any device; `meta` computes nothing
-    size:tuple,      # (C, H, W) of one image
-)->int:              # multiplications with an addition, of convolutions and linear layers
+    model: nn.Module,  # any network, on any device; `meta` computes nothing
+    size: tuple,  # (C, H, W) of one image
+) -> int:  # multiplications with an addition, of convolutions and linear layers
     "Count the multiply-adds of one image's forward pass."
-    from torch.utils.flop_counter import FlopCounterMode # loads triton where that is installed: not before it is needed
+    from torch.utils.flop_counter import (
+        FlopCounterMode,
+    )  # loads triton where that is installed: not before it is needed
+
     x = torch.zeros(1, *size, device=next(model.parameters()).device)
-    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter: model(x)
+    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
     return counter.get_total_flops() // 2
 
 # %% ../nbs/02_models.ipynb #8d6f6774
-def _card(network:Architecture)->dict: # a line of the table of networks
-    with torch.device('meta'): model = network(in_channels=network.size[0])
-    return dict(source=network.source, trained=network.trained, input='×'.join(map(str, network.size)), D=model.head.in_features,
-                K=model.head.out_features, parameters=n_parameters(model), multiply_adds=multiply_adds(model, network.size))
+def _card(network: Architecture) -> dict:  # a line of the table of networks
+    with torch.device('meta'):
+        model = network(in_channels=network.size[0])
+    return dict(
+        source=network.source,
+        trained=network.trained,
+        input='×'.join(map(str, network.size)),
+        D=model.head.in_features,
+        K=model.head.out_features,
+        parameters=n_parameters(model),
+        multiply_adds=multiply_adds(model, network.size),
+    )
 
 # %% ../nbs/02_models.ipynb #159e4016
-def model_table()->pd.DataFrame: # a line a network: source, papers, input, D, K, parameters, multiply-adds of one image
+def model_table() -> (
+    pd.DataFrame
+):  # a line a network: source, papers, input, D, K, parameters, multiply-adds of one image
     "All networks of `MODELS`, each with its usual number of classes K; counted on the `meta` device."
-    return pd.DataFrame({name: _card(network) for name, network in MODELS.items()}).T.rename_axis('model')
+    return pd.DataFrame(
+        {name: _card(network) for name, network in MODELS.items()}
+    ).T.rename_axis('model')

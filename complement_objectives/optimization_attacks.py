@@ -19,114 +19,171 @@ from foolbox.distances import l2
 from functools import partial
 from torch import nn
 
-from .attack_base import (
-    PlainCall, as_criterion, check_logits, goal, prepared, random_targets)
-from .core import (
-    InputError, as_number, check_count, check_positive, weight_type)
+from complement_objectives.attack_base import (
+    PlainCall,
+    as_criterion,
+    check_logits,
+    goal,
+    prepared,
+    random_targets,
+)
+from complement_objectives.core import (
+    InputError,
+    as_number,
+    check_count,
+    check_positive,
+    weight_type,
+)
 from .gradient_attacks import check_seed, margin
 from .minimal_attacks import nearest_l2
 from .perturbation import check_images, input_gradient, sample_keys
 
 # %% ../nbs/06c_optimization_attacks.ipynb #bce73861
 def to_tanh(
-    x:torch.Tensor,      # images within the bounds
-    bounds:tuple=(0, 1), # smallest and largest value of a pixel
-    squash:float=0.999,  # keeps black and white pixels away from infinity, in (0, 1)
-)->torch.Tensor:         # w, any real number
+    x: torch.Tensor,  # images within the bounds
+    bounds: tuple = (0, 1),  # smallest and largest value of a pixel
+    squash: float = 0.999,  # keeps black and white pixels away from infinity, in (0, 1)
+) -> torch.Tensor:  # w, any real number
     "The variable that C&W optimise: the inverse of `from_tanh`, up to `squash`."
     low, high = bounds
-    return ((2*x - low - high)/(high - low)*squash).atanh()
+    return ((2 * x - low - high) / (high - low) * squash).atanh()
 
 # %% ../nbs/06c_optimization_attacks.ipynb #aa9521d4
 def from_tanh(
-    w:torch.Tensor,      # any real numbers
-    bounds:tuple=(0, 1), # smallest and largest value of a pixel
-)->torch.Tensor:         # images within the bounds
+    w: torch.Tensor,  # any real numbers
+    bounds: tuple = (0, 1),  # smallest and largest value of a pixel
+) -> torch.Tensor:  # images within the bounds
     "x* = (tanh ω + 1)/2, for any pixel range: GCE Eq 8."
     low, high = bounds
-    return (low + (w.tanh() + 1)*((high - low)/2)).clamp(low, high)
+    return (low + (w.tanh() + 1) * ((high - low) / 2)).clamp(low, high)
 
 # %% ../nbs/06c_optimization_attacks.ipynb #a7f8ef02
 def shortfall(
-    lead:torch.Tensor,   # (N,) by how much the wanted class leads
-    logits:torch.Tensor, # (N, K) they come from
-    confidence:float,    # κ
-)->torch.Tensor:         # (N,) ≥ 0
+    lead: torch.Tensor,  # (N,) by how much the wanted class leads
+    logits: torch.Tensor,  # (N, K) they come from
+    confidence: float,  # κ
+) -> torch.Tensor:  # (N,) ≥ 0
     "C&W's f, shifted by κ: what is missing to a lead of κ, and of a few roundings of the logits."
-    slack = 4*torch.finfo(logits.dtype).eps*logits.detach().abs().amax(1)
+    slack = 4 * torch.finfo(logits.dtype).eps * logits.detach().abs().amax(1)
     return (confidence + slack - lead).clamp(min=0)
 
 # %% ../nbs/06c_optimization_attacks.ipynb #223cc398
 class Goal(Criterion):
     "C&W's success, the wanted class leads by κ, as a foolbox criterion with a differentiable penalty."
-    def __init__(self,
-        classes:torch.Tensor,   # (N,) true classes (sign +1) or targets (sign -1)
-        sign:int=1,             # +1: some other class is to lead; -1: this one
-        confidence:float=0.,    # κ
+
+    def __init__(
+        self,
+        classes: torch.Tensor,  # (N,) true classes (sign +1) or targets (sign -1)
+        sign: int = 1,  # +1: some other class is to lead; -1: this one
+        confidence: float = 0.0,  # κ
     ):
         self.classes, self.sign, self.confidence = classes, sign, confidence
 
     @property
-    def labels(self): return ep.astensor(self.classes)
+    def labels(self):
+        return ep.astensor(self.classes)
 
-    def __repr__(self): return f"{type(self).__name__}({'targeted' if self.sign < 0 else 'untargeted'}, confidence={self.confidence})"
+    def __repr__(self):
+        return f'{type(self).__name__}({"targeted" if self.sign < 0 else "untargeted"}, confidence={self.confidence})'
 
-    def penalty(self, model, x, rows): # model, (n, …) images, their positions in the batch → (n,), 0 where the goal is reached
+    def penalty(
+        self, model, x, rows
+    ):  # model, (n, …) images, their positions in the batch → (n,), 0 where the goal is reached
         logits = model(x)
-        return shortfall(self.sign*margin(logits, self.classes.to(x.device)[rows]), logits, self.confidence)
+        return shortfall(
+            self.sign * margin(logits, self.classes.to(x.device)[rows]),
+            logits,
+            self.confidence,
+        )
 
-    def reached(self, model, x): # model, (N, …) images as it takes them → (N,) booleans
-        with torch.no_grad(): return self(x, model(x))
+    def reached(
+        self, model, x
+    ):  # model, (N, …) images as it takes them → (N,) booleans
+        with torch.no_grad():
+            return self(x, model(x))
 
-    def __call__(self, perturbed, outputs): # (N,) booleans
+    def __call__(self, perturbed, outputs):  # (N,) booleans
         logits, restore = ep.astensor_(outputs)
-        lead = self.sign*margin(logits.raw, self.classes.to(logits.raw.device))
+        lead = self.sign * margin(logits.raw, self.classes.to(logits.raw.device))
         return restore(ep.astensor((lead >= self.confidence) & (lead > 0)))
 
 # %% ../nbs/06c_optimization_attacks.ipynb #24daca7f
 def linear_constant(
-    x:torch.Tensor,    # (N, …) images
-    penalty,           # from images and rows (N,) to f, (N,)
-)->tuple:              # f (N,), and the constant (N,); 1 where the gradient vanishes
+    x: torch.Tensor,  # (N, …) images
+    penalty,  # from images and rows (N,) to f, (N,)
+) -> tuple:  # f (N,), and the constant (N,); 1 where the gradient vanishes
     "The constant at which C&W's minimum reaches f = 0, if f were linear: 2f/‖∇f‖²."
     leaf = x.detach().clone().requires_grad_()
-    with torch.enable_grad(): f = penalty(leaf, torch.arange(len(x), device=x.device))
+    with torch.enable_grad():
+        f = penalty(leaf, torch.arange(len(x), device=x.device))
     g = torch.autograd.grad(f.sum(), leaf)[0].flatten(1)
     bad = (g.isnan().any(1) | f.isnan()).sum().item()
-    if bad: raise InputError(f'the logits or their gradient are NaN for {bad} of {len(x)} images: check that the logits of the model are finite')
-    const = 2*f.detach()/g.square().sum(1)
-    return f.detach(), torch.where(const.isfinite(), const, 1.)
+    if bad:
+        raise InputError(
+            f'the logits or their gradient are NaN for {bad} of {len(x)} images: check that the logits of the model are finite'
+        )
+    const = 2 * f.detach() / g.square().sum(1)
+    return f.detach(), torch.where(const.isfinite(), const, 1.0)
 
 # %% ../nbs/06c_optimization_attacks.ipynb #da37be40
 def next_constant(
-    s:dict,             # state: `c`, `low`, `high`, `found`, each (n,)
-    done:torch.Tensor,  # (n,) images whose optimisation is over
-    growth:float=4.,    # factor while nothing has worked yet
+    s: dict,  # state: `c`, `low`, `high`, `found`, each (n,)
+    done: torch.Tensor,  # (n,) images whose optimisation is over
+    growth: float = 4.0,  # factor while nothing has worked yet
 ):
     "One step of C&W's modified binary search, in place, for the images that are done."
     s['high'] = torch.where(done & s['found'], s['c'], s['high'])
     s['low'] = torch.where(done & ~s['found'], s['c'], s['low'])
-    middle = torch.where(s['high'].isinf(), s['c']*growth, (s['low'] + s['high'])/2)
+    middle = torch.where(s['high'].isinf(), s['c'] * growth, (s['low'] + s['high']) / 2)
     s['c'] = torch.where(done, middle, s['c'])
 
 # %% ../nbs/06c_optimization_attacks.ipynb #0b480b72
-def _state(x, rows, start, const, stepsize, bounds, known=math.inf): # what the search keeps for every image
+def _state(
+    x, rows, start, const, stepsize, bounds, known=math.inf
+):  # what the search keeps for every image
     n, w, zero = len(x), to_tanh(start, bounds), x.new_zeros(len(x))
-    s = dict(row=rows, x=x, start=w, w=w.clone(), m=torch.zeros_like(w), v=torch.zeros_like(w), t=zero, k=zero, c=const.clone(), low=zero)
-    inf, no = torch.full_like(zero, math.inf), torch.zeros(n, dtype=torch.bool, device=x.device)
-    return s | dict(high=inf, best=torch.where(_wide(zero + known < inf, x), start, x), best_d2=(zero + known)**2, found=no, least=inf, before=inf, rate=zero + stepsize, round=zero)
+    s = dict(
+        row=rows,
+        x=x,
+        start=w,
+        w=w.clone(),
+        m=torch.zeros_like(w),
+        v=torch.zeros_like(w),
+        t=zero,
+        k=zero,
+        c=const.clone(),
+        low=zero,
+    )
+    inf, no = (
+        torch.full_like(zero, math.inf),
+        torch.zeros(n, dtype=torch.bool, device=x.device),
+    )
+    return s | dict(
+        high=inf,
+        best=torch.where(_wide(zero + known < inf, x), start, x),
+        best_d2=(zero + known) ** 2,
+        found=no,
+        least=inf,
+        before=inf,
+        rate=zero + stepsize,
+        round=zero,
+    )
 
-def _wide(v, x): return v.view(-1, *[1]*(x.ndim - 1)) # (n,) → (n, 1, 1, …)
 
-def _take(s, keep): return {k: v[keep] for k, v in s.items()}
+def _wide(v, x):
+    return v.view(-1, *[1] * (x.ndim - 1))  # (n,) → (n, 1, 1, …)
+
+
+def _take(s, keep):
+    return {k: v[keep] for k, v in s.items()}
 
 # %% ../nbs/06c_optimization_attacks.ipynb #2a0e6538
 def _adam(s, gradient, beta1=0.9, beta2=0.999):
     s['t'] = s['t'] + 1
     s['m'] = s['m'].lerp(gradient, 1 - beta1)
     s['v'] = s['v'].mul(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    rate = s['rate']*(1 - beta2**s['t']).sqrt()/(1 - beta1**s['t'])
-    s['w'] = s['w'] - _wide(rate, s['w'])*s['m']/(s['v'].sqrt() + 1e-10)
+    rate = s['rate'] * (1 - beta2 ** s['t']).sqrt() / (1 - beta1 ** s['t'])
+    s['w'] = s['w'] - _wide(rate, s['w']) * s['m'] / (s['v'].sqrt() + 1e-10)
 
 # %% ../nbs/06c_optimization_attacks.ipynb #c3c8b321
 def _record(s, x_adv, d2, reached):
@@ -135,298 +192,567 @@ def _record(s, x_adv, d2, reached):
     s['best_d2'] = torch.where(better, d2, s['best_d2'])
     s['found'] = s['found'] | reached
 
+
 def _step(s, penalty, bounds):
     leaf = from_tanh(s['w'], bounds).requires_grad_()
-    with torch.enable_grad(): f = penalty(leaf, s['row'])
-    pull = torch.autograd.grad((s['c']*f).sum(), leaf)[0]
+    with torch.enable_grad():
+        f = penalty(leaf, s['row'])
+    pull = torch.autograd.grad((s['c'] * f).sum(), leaf)[0]
     x_adv, f, (low, high) = leaf.detach(), f.detach(), bounds
     delta = x_adv - s['x']
     d2 = delta.square().flatten(1).sum(1)
     _record(s, x_adv, d2, f == 0)
-    s['least'] = torch.minimum(s['least'], d2 + s['c']*f)
-    _adam(s, (pull + 2*delta)*(x_adv - low)*(high - x_adv)*(2/(high - low)))
+    s['least'] = torch.minimum(s['least'], d2 + s['c'] * f)
+    _adam(s, (pull + 2 * delta) * (x_adv - low) * (high - x_adv) * (2 / (high - low)))
 
 # %% ../nbs/06c_optimization_attacks.ipynb #c13034a3
-def _restart(s, done): # back to the start with the next constant; the others go on
-    for k in ('m', 'v'): s[k] = s[k].masked_fill(_wide(done, s[k]), 0)
+def _restart(s, done):  # back to the start with the next constant; the others go on
+    for k in ('m', 'v'):
+        s[k] = s[k].masked_fill(_wide(done, s[k]), 0)
     s['w'] = torch.where(_wide(done, s['w']), s['start'], s['w'])
     s['before'] = s['least'].masked_fill(done, math.inf)
     s['least'] = s['least'].masked_fill(done, math.inf)
-    s['t'], s['k'], s['found'] = s['t'].masked_fill(done, 0), s['k'] + done, s['found'] & ~done
+    s['t'], s['k'], s['found'] = (
+        s['t'].masked_fill(done, 0),
+        s['k'] + done,
+        s['found'] & ~done,
+    )
 
 # %% ../nbs/06c_optimization_attacks.ipynb #64bc6771
-def _refine(s, ended, bounds, rounds): # on with smaller steps from the best image; returns whose rounds are over
+def _refine(
+    s, ended, bounds, rounds
+):  # on with smaller steps from the best image; returns whose rounds are over
     again = ended & s['best_d2'].isfinite() & (s['round'] < rounds)
-    s['rate'], s['round'] = torch.where(again, s['rate']/4, s['rate']), s['round'] + again
+    s['rate'], s['round'] = (
+        torch.where(again, s['rate'] / 4, s['rate']),
+        s['round'] + again,
+    )
     s['c'] = torch.where(again, s['high'], s['c'])
-    s['w'] = torch.where(_wide(again, s['w']), to_tanh(s['best'], bounds, 1 - 1e-6), s['w'])
+    s['w'] = torch.where(
+        _wide(again, s['w']), to_tanh(s['best'], bounds, 1 - 1e-6), s['w']
+    )
     return ended & ~again
 
 # %% ../nbs/06c_optimization_attacks.ipynb #d8f3bed8
 def minimise_l2(
-    x:torch.Tensor,         # (N, …) images within the bounds, float32 or float64
-    penalty,                # from images and their rows to f ≥ 0, (n,); 0 where the goal is reached
-    const:torch.Tensor,     # (N,) first constants
+    x: torch.Tensor,  # (N, …) images within the bounds, float32 or float64
+    penalty,  # from images and their rows to f ≥ 0, (n,); 0 where the goal is reached
+    const: torch.Tensor,  # (N,) first constants
     *,
-    rows:torch.Tensor=None, # images to work on; default: all
-    start:torch.Tensor=None,# (N, …) where to start; default: at `x`
-    known=math.inf,         # distance of `start`, (N,), where it reaches the goal; inf where it does not
-    searches:int=9,         # constants for each image, at most
-    steps:int=1000,         # steps for each constant, at most
-    stepsize=0.02,          # Adam's, in tanh space; one number, or one for each image (N,)
-    bounds:tuple=(0, 1),    # of the pixels
-    tolerance:float=0.005,  # relative progress over 50 steps below which a constant is done with; negative: never
-    growth:float=4.,        # of the constant while nothing has worked
-    tight:float=1.2,        # high/low below which the search ends
-    rounds:int=2,           # of refinement, each with a quarter of the step size
-    stop:float=0.,          # distance at which the search ends
-    passes:float=math.inf,  # forward passes for each image, at most
-    watch=None,             # called with the state after every step
-)->tuple:                   # images, `x` where the goal was not reached; and (N,) booleans
+    rows: torch.Tensor = None,  # images to work on; default: all
+    start: torch.Tensor = None,  # (N, …) where to start; default: at `x`
+    known=math.inf,  # distance of `start`, (N,), where it reaches the goal; inf where it does not
+    searches: int = 9,  # constants for each image, at most
+    steps: int = 1000,  # steps for each constant, at most
+    stepsize=0.02,  # Adam's, in tanh space; one number, or one for each image (N,)
+    bounds: tuple = (0, 1),  # of the pixels
+    tolerance: float = 0.005,  # relative progress over 50 steps below which a constant is done with; negative: never
+    growth: float = 4.0,  # of the constant while nothing has worked
+    tight: float = 1.2,  # high/low below which the search ends
+    rounds: int = 2,  # of refinement, each with a quarter of the step size
+    stop: float = 0.0,  # distance at which the search ends
+    passes: float = math.inf,  # forward passes for each image, at most
+    watch=None,  # called with the state after every step
+) -> tuple:  # images, `x` where the goal was not reached; and (N,) booleans
     "min ‖x* - x‖² + c·f(x*) over images of the box, the smallest sufficient c searched for each image: GCE Eq 9, RCE §2.3."
     rows = torch.arange(len(x), device=x.device) if rows is None else rows
     out, reached = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
     stepsize = torch.as_tensor(stepsize, dtype=x.dtype, device=x.device).expand(len(x))
     known = torch.as_tensor(known, dtype=x.dtype, device=x.device).expand(len(x))
-    s = _state(x[rows], rows, (x if start is None else start)[rows], const[rows], stepsize[rows], bounds, known[rows])
+    s = _state(
+        x[rows],
+        rows,
+        (x if start is None else start)[rows],
+        const[rows],
+        stepsize[rows],
+        bounds,
+        known[rows],
+    )
     out[rows], reached[rows] = s['best'], s['best_d2'].isfinite()
-    block = max(1, steps // math.ceil(steps/50))
+    block = max(1, steps // math.ceil(steps / 50))
     while len(s['row']) and passes > 0:
         for _ in range(min(block, int(min(passes, block)))):
             _step(s, penalty, bounds)
-            if watch: watch(s)
+            if watch:
+                watch(s)
         passes -= block
-        done = (s['t'] + block > steps) | ~(s['least'] < s['before']*(1 - tolerance))
-        next_constant(s, done, growth); _restart(s, done)
-        ended = done & ((s['k'] >= searches) | (s['high'] < tight*s['low']))
+        done = (s['t'] + block > steps) | ~(s['least'] < s['before'] * (1 - tolerance))
+        next_constant(s, done, growth)
+        _restart(s, done)
+        ended = done & ((s['k'] >= searches) | (s['high'] < tight * s['low']))
         over = _refine(s, ended, bounds, rounds) | (s['best_d2'] <= stop**2)
         out[s['row']], reached[s['row']] = s['best'], s['best_d2'].isfinite()
-        if over.any(): s = _take(s, ~over)
+        if over.any():
+            s = _take(s, ~over)
     return out, reached
 
 # %% ../nbs/06c_optimization_attacks.ipynb #a091a865
-def _confidence(value, what): return check_positive(value, what, zero=True)
+def _confidence(value, what):
+    return check_positive(value, what, zero=True)
+
 
 def _start(value, what):
-    if isinstance(value, torch.Tensor) or isinstance(value, str) and value in ('nearest', 'cold'): return value
-    raise InputError(f"{what} is {value!r}: it must be 'nearest', 'cold', or a tensor of images that fool")
+    if (
+        isinstance(value, torch.Tensor)
+        or isinstance(value, str)
+        and value in ('nearest', 'cold')
+    ):
+        return value
+    raise InputError(
+        f"{what} is {value!r}: it must be 'nearest', 'cold', or a tensor of images that fool"
+    )
 
-def _real(value, what): # or None
-    if value is not None and math.isnan(as_number(value, what)): raise InputError(f'{what} is NaN: it must be a number')
+
+def _real(value, what):  # or None
+    if value is not None and math.isnan(as_number(value, what)):
+        raise InputError(f'{what} is NaN: it must be a number')
     return value
+
 
 class CarliniWagnerL2(PlainCall, MinimizationAttack):
     "The L2 attack of Carlini and Wagner (2017): GCE Eq 8–10, RCE §2.3."
-    distance = l2
-    valid = dict(confidence=_confidence, binary_search_steps=check_count, steps=check_count, stepsize=check_positive,
-                 initial_const=partial(check_positive, none=True), tolerance=_real, seed=check_seed, start=_start)
 
-    def __init__(self,
-        confidence:float=0.,       # κ, the lead of the wanted class, ≥ 0
-        binary_search_steps:int=9, # constants for each image, at most
-        steps:int=1000,            # Adam steps for each constant, at most
-        stepsize:float=0.02,       # Adam's, in tanh space, at most: see `gentle_stepsize`
-        initial_const:float=None,  # first c; None: from a gradient, for each image
-        average_case:bool=False,   # with class labels: aim at a random wrong class
-        seed:int=0,                # of the draw of these classes
-        tolerance:float=0.005,     # see `minimise_l2`; negative: always all steps
-        start='nearest',           # 'nearest': at the nearest of DDN and L2FMN; 'cold': at the image; or (N, …) images that fool
+    distance = l2
+    valid = dict(
+        confidence=_confidence,
+        binary_search_steps=check_count,
+        steps=check_count,
+        stepsize=check_positive,
+        initial_const=partial(check_positive, none=True),
+        tolerance=_real,
+        seed=check_seed,
+        start=_start,
+    )
+
+    def __init__(
+        self,
+        confidence: float = 0.0,  # κ, the lead of the wanted class, ≥ 0
+        binary_search_steps: int = 9,  # constants for each image, at most
+        steps: int = 1000,  # Adam steps for each constant, at most
+        stepsize: float = 0.02,  # Adam's, in tanh space, at most: see `gentle_stepsize`
+        initial_const: float = None,  # first c; None: from a gradient, for each image
+        average_case: bool = False,  # with class labels: aim at a random wrong class
+        seed: int = 0,  # of the draw of these classes
+        tolerance: float = 0.005,  # see `minimise_l2`; negative: always all steps
+        start='nearest',  # 'nearest': at the nearest of DDN and L2FMN; 'cold': at the image; or (N, …) images that fool
     ):
-        self.confidence, self.binary_search_steps, self.steps, self.stepsize = confidence, binary_search_steps, steps, stepsize
-        self.initial_const, self.average_case, self.seed, self.tolerance, self.start = initial_const, average_case, seed, tolerance, start
+        self.confidence, self.binary_search_steps, self.steps, self.stepsize = (
+            confidence,
+            binary_search_steps,
+            steps,
+            stepsize,
+        )
+        self.initial_const, self.average_case, self.seed, self.tolerance, self.start = (
+            initial_const,
+            average_case,
+            seed,
+            tolerance,
+            start,
+        )
 
     def __call__(self, model, inputs, criterion, *, epsilons, **kwargs):
         if isinstance(inputs, (torch.Tensor, ep.Tensor)):
-            with torch.inference_mode(False): criterion = self._goal(model, getattr(inputs, 'raw', inputs), criterion)
+            with torch.inference_mode(False):
+                criterion = self._goal(model, getattr(inputs, 'raw', inputs), criterion)
         return super().__call__(model, inputs, criterion, epsilons=epsilons, **kwargs)
 
-    def run(self, model, inputs, criterion, *, starting_points=None, early_stop=None, **kwargs):
+    def run(
+        self,
+        model,
+        inputs,
+        criterion,
+        *,
+        starting_points=None,
+        early_stop=None,
+        **kwargs,
+    ):
         "foolbox's entry: the closest images found; an image comes back unchanged where none was found or none was needed."
         raise_if_kwargs(kwargs)
         images, restore = ep.astensor_(inputs)
-        start = self.start if starting_points is None else ep.astensor(starting_points).raw
-        return restore(ep.astensor(self._closest(model, images.raw, self._goal(model, images.raw, criterion), early_stop or 0., start)))
+        start = (
+            self.start if starting_points is None else ep.astensor(starting_points).raw
+        )
+        return restore(
+            ep.astensor(
+                self._closest(
+                    model,
+                    images.raw,
+                    self._goal(model, images.raw, criterion),
+                    early_stop or 0.0,
+                    start,
+                )
+            )
+        )
 
 # %% ../nbs/06c_optimization_attacks.ipynb #a92adf45
-def _n_classes(model, x, classes): # K, from the model's answer to one image; the classes are checked
+def _n_classes(
+    model, x, classes
+):  # K, from the model's answer to one image; the classes are checked
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter('ignore') # the attack itself will say it
-        with prepared(model, x[:1], torch.zeros(len(x[:1]), dtype=torch.long)) as (m, one, _): logits = m(one)
+        warnings.simplefilter('ignore')  # the attack itself will say it
+        with prepared(model, x[:1], torch.zeros(len(x[:1]), dtype=torch.long)) as (
+            m,
+            one,
+            _,
+        ):
+            logits = m(one)
         check_logits(logits, classes)
     return logits.shape[1]
 
-def _aim(self, model, x, criterion): # classes and sign; in the average case drawn targets
+
+def _aim(
+    self, model, x, criterion
+):  # classes and sign; in the average case drawn targets
     classes, sign = goal(as_criterion(criterion, len(x)))
-    if not self.average_case or sign < 0 or not len(x): return classes, sign
+    if not self.average_case or sign < 0 or not len(x):
+        return classes, sign
     bounds = model.bounds if isinstance(model, fb.models.Model) else (0, 1)
-    return random_targets(sample_keys(x, self.seed, bounds), classes.to(x.device), _n_classes(model, x, classes)), -1
+    return random_targets(
+        sample_keys(x, self.seed, bounds),
+        classes.to(x.device),
+        _n_classes(model, x, classes),
+    ), -1
+
 
 def _goal(self, model, x, criterion):
-    return criterion if isinstance(criterion, Goal) else Goal(*self._aim(model, x, criterion), self.confidence)
+    return (
+        criterion
+        if isinstance(criterion, Goal)
+        else Goal(*self._aim(model, x, criterion), self.confidence)
+    )
 
 # %% ../nbs/06c_optimization_attacks.ipynb #8ae1e613
 def gentle_stepsize(
-    x:torch.Tensor,        # (N, …) images within the bounds
-    distance:torch.Tensor, # (N,) how far there is to go
-    stepsize:float,        # the largest step size
-    bounds:tuple=(0, 1),   # smallest and largest value of a pixel
-)->torch.Tensor:           # (N,) step sizes, between stepsize/64 and stepsize
+    x: torch.Tensor,  # (N, …) images within the bounds
+    distance: torch.Tensor,  # (N,) how far there is to go
+    stepsize: float,  # the largest step size
+    bounds: tuple = (0, 1),  # smallest and largest value of a pixel
+) -> torch.Tensor:  # (N,) step sizes, between stepsize/64 and stepsize
     "Step sizes in tanh space for which Adam's first step is no longer than a quarter of the distance."
     low, high = bounds
-    slope = (x - low)*(high - x)*(2/(high - low))
-    return stepsize*(distance/(4*stepsize*slope.flatten(1).norm(dim=1))).nan_to_num(1.).clamp(1/64, 1)
+    slope = (x - low) * (high - x) * (2 / (high - low))
+    return stepsize * (
+        distance / (4 * stepsize * slope.flatten(1).norm(dim=1))
+    ).nan_to_num(1.0).clamp(1 / 64, 1)
 
 # %% ../nbs/06c_optimization_attacks.ipynb #1e915f7b
-LOOKS = 4 # forward passes for the first gradient and the last looks; in the average case one more counts the classes
+LOOKS = 4  # forward passes for the first gradient and the last looks; in the average case one more counts the classes
 
-def _search(self, x, penalty, bounds, stop=0., **changes): # images that reach the goal; `x` where none was found
+
+def _search(
+    self, x, penalty, bounds, stop=0.0, **changes
+):  # images that reach the goal; `x` where none was found
     f, const = linear_constant(x, penalty)
     first = self.initial_const
-    settings = dict(searches=self.binary_search_steps, steps=self.steps, stepsize=self.stepsize, tolerance=self.tolerance)
+    settings = dict(
+        searches=self.binary_search_steps,
+        steps=self.steps,
+        stepsize=self.stepsize,
+        tolerance=self.tolerance,
+    )
     settings |= dict(growth=4 if first is None else 10, bounds=bounds, stop=stop)
-    settings['stepsize'] = gentle_stepsize(x, (f*const/2).sqrt(), self.stepsize, bounds)
+    settings['stepsize'] = gentle_stepsize(
+        x, (f * const / 2).sqrt(), self.stepsize, bounds
+    )
     settings |= changes
-    settings.setdefault('passes', max(1, settings['searches']*settings['steps'] - self.looks))
-    const = const/2 if first is None else torch.full_like(const, first)
-    return minimise_l2(x, penalty, const, rows=(f > 0).nonzero().flatten(), **settings)[0]
+    settings.setdefault(
+        'passes', max(1, settings['searches'] * settings['steps'] - self.looks)
+    )
+    const = const / 2 if first is None else torch.full_like(const, first)
+    return minimise_l2(x, penalty, const, rows=(f > 0).nonzero().flatten(), **settings)[
+        0
+    ]
 
-def _given(model, x, start): # a start from the caller, as `x`
+
+def _given(model, x, start):  # a start from the caller, as `x`
     low, high = model.model.bounds
     start = start.detach().to(x)
-    if start.shape != x.shape: raise InputError(f'the start has shape {tuple(start.shape)}: give {tuple(x.shape)}, like the images')
-    return (check_images(start, (low, high)) - low)/(high - low)
+    if start.shape != x.shape:
+        raise InputError(
+            f'the start has shape {tuple(start.shape)}: give {tuple(x.shape)}, like the images'
+        )
+    return (check_images(start, (low, high)) - low) / (high - low)
 
-def _warm(self, model, x, aim, bounds, stop, start): # the search from near the boundary
-    penalty, passes = partial(aim.penalty, model), self.binary_search_steps*self.steps - self.looks - 1
+
+def _warm(
+    self, model, x, aim, bounds, stop, start
+):  # the search from near the boundary
+    penalty, passes = (
+        partial(aim.penalty, model),
+        self.binary_search_steps * self.steps - self.looks - 1,
+    )
     f, cold = linear_constant(x, penalty)
     if isinstance(start, torch.Tensor):
         start = _given(model, x, start)
-        known = torch.where(aim.reached(model, start), (start - x).flatten(1).norm(dim=1), math.inf)
+        known = torch.where(
+            aim.reached(model, start), (start - x).flatten(1).norm(dim=1), math.inf
+        )
     else:
-        share = min(max(int(0.6*passes), min(passes - 10, 90)), 400)
+        share = min(max(int(0.6 * passes), min(passes - 10, 90)), 400)
         kind = Misclassification if aim.sign > 0 else TargetedMisclassification
-        found = nearest_l2(share).search(model, x, kind(aim.classes.to(x.device)), aim.confidence)
+        found = nearest_l2(share).search(
+            model, x, kind(aim.classes.to(x.device)), aim.confidence
+        )
         start, known, passes = found.best, found.least, passes - share
-    g = input_gradient(model, start, aim.classes.to(x.device), margin)[0].flatten(1).norm(dim=1)
-    const = torch.where(known.isfinite(), 2.6*known/g, cold/2)
-    if self.initial_const is not None: const = torch.full_like(const, self.initial_const)
-    way = torch.where(known.isfinite(), known, (f*cold/2).sqrt())
+    g = (
+        input_gradient(model, start, aim.classes.to(x.device), margin)[0]
+        .flatten(1)
+        .norm(dim=1)
+    )
+    const = torch.where(known.isfinite(), 2.6 * known / g, cold / 2)
+    if self.initial_const is not None:
+        const = torch.full_like(const, self.initial_const)
+    way = torch.where(known.isfinite(), known, (f * cold / 2).sqrt())
     searches = min(self.binary_search_steps, 2)
-    return minimise_l2(x, penalty, const.nan_to_num(1., 1.), rows=(f > 0).nonzero().flatten(), start=start, known=known, searches=searches,
-                       steps=max(1, passes//(searches + 2)), stepsize=gentle_stepsize(start, way, self.stepsize, bounds),
-                       tolerance=self.tolerance, bounds=bounds, stop=stop, passes=passes)[0]
+    return minimise_l2(
+        x,
+        penalty,
+        const.nan_to_num(1.0, 1.0),
+        rows=(f > 0).nonzero().flatten(),
+        start=start,
+        known=known,
+        searches=searches,
+        steps=max(1, passes // (searches + 2)),
+        stepsize=gentle_stepsize(start, way, self.stepsize, bounds),
+        tolerance=self.tolerance,
+        bounds=bounds,
+        stop=stop,
+        passes=passes,
+    )[0]
 
-def _found(self, model, x, aim, bounds, stop, start): # one phase
-    enough = self.binary_search_steps*self.steps >= 14 + self.looks # for a start from elsewhere
-    if isinstance(start, torch.Tensor) or start == 'nearest' and enough: return self._warm(model, x, aim, bounds, stop, start)
+
+def _found(self, model, x, aim, bounds, stop, start):  # one phase
+    enough = (
+        self.binary_search_steps * self.steps >= 14 + self.looks
+    )  # for a start from elsewhere
+    if isinstance(start, torch.Tensor) or start == 'nearest' and enough:
+        return self._warm(model, x, aim, bounds, stop, start)
     return self._search(x, partial(aim.penalty, model), bounds, stop)
+
 
 def _closest(self, model, x, aim, stop, start):
     x_adv = self._found(model, x, aim, tuple(model.bounds), stop, start)
     return torch.where(_wide(aim.reached(model, x_adv), x), x_adv, x)
 
-CarliniWagnerL2._aim, CarliniWagnerL2._goal, CarliniWagnerL2._search, CarliniWagnerL2._warm = _aim, _goal, _search, _warm
+
+(
+    CarliniWagnerL2._aim,
+    CarliniWagnerL2._goal,
+    CarliniWagnerL2._search,
+    CarliniWagnerL2._warm,
+) = _aim, _goal, _search, _warm
 CarliniWagnerL2._found, CarliniWagnerL2._closest = _found, _closest
 CarliniWagnerL2.looks = property(lambda self: LOOKS + bool(self.average_case))
 
 # %% ../nbs/06c_optimization_attacks.ipynb #4fcb52d2
 def median_nll(
-    density:nn.Module,     # fitted `KernelDensity`
-    features:torch.Tensor, # (N, D) hidden vectors of the training images
-    labels:torch.Tensor,   # (N,) their classes
-)->float:                  # η
+    density: nn.Module,  # fitted `KernelDensity`
+    features: torch.Tensor,  # (N, D) hidden vectors of the training images
+    labels: torch.Tensor,  # (N,) their classes
+) -> float:  # η
     "Median of -log KD on the training set, the detector's threshold: RCE §4.4."
     return -density.log_density(features, labels).detach().median().item()
 
 # %% ../nbs/06c_optimization_attacks.ipynb #52fd7a03
-def _hidden(network, model, x): # hidden vectors of `network` and logits of `model`, which shows it what it makes of `x`
+def _hidden(
+    network, model, x
+):  # hidden vectors of `network` and logits of `model`, which shows it what it makes of `x`
     seen = []
-    hook = network.register_forward_pre_hook(lambda module, images: seen.append(images[0].clone()))
-    try: logits = model(x)
-    finally: hook.remove()
+    hook = network.register_forward_pre_hook(
+        lambda module, images: seen.append(images[0].clone())
+    )
+    try:
+        logits = model(x)
+    finally:
+        hook.remove()
     return network.hidden_and_logits(seen[-1] if seen else x)[0], logits
+
 
 class UndetectedGoal(Goal):
     "The wanted class leads and the detector passes the image: f + f₂ of RCE §4.4."
-    def __init__(self,
-        network:nn.Module,    # with `hidden_and_logits`
-        density:nn.Module,    # fitted `KernelDensity`
-        eta:float,            # passes if -log KD ≤ eta
-        *args,                # of `Goal`
-        model=None,           # what is attacked, where that is not the network itself but calls it
+
+    def __init__(
+        self,
+        network: nn.Module,  # with `hidden_and_logits`
+        density: nn.Module,  # fitted `KernelDensity`
+        eta: float,  # passes if -log KD ≤ eta
+        *args,  # of `Goal`
+        model=None,  # what is attacked, where that is not the network itself but calls it
     ):
         super().__init__(*args)
-        self.network, self.density, self.eta, self.model = network, density, eta, None if model is network else model
+        self.network, self.density, self.eta, self.model = (
+            network,
+            density,
+            eta,
+            None if model is network else model,
+        )
 
-    def look(self, model, x): # (n, …) images as `model` takes them → hidden vectors and logits
-        if self.model is not None: z, logits = _hidden(self.network, model, x)
-        else: z, logits = self.network.hidden_and_logits(getattr(model, 'shown', lambda x: x)(x).to(weight_type(self.network) or x.dtype, copy=True))
+    def look(
+        self, model, x
+    ):  # (n, …) images as `model` takes them → hidden vectors and logits
+        if self.model is not None:
+            z, logits = _hidden(self.network, model, x)
+        else:
+            z, logits = self.network.hidden_and_logits(
+                getattr(model, 'shown', lambda x: x)(x).to(
+                    weight_type(self.network) or x.dtype, copy=True
+                )
+            )
         wide = torch.promote_types(x.dtype, torch.float32)
         return z.to(wide), logits.to(wide)
 
-    def nll(self, z, logits, classes): # (n,) -log KD within the class the image is to be taken for
-        wanted = classes if self.sign < 0 else logits.scatter(1, classes[:,None], -math.inf).argmax(1)
+    def nll(
+        self, z, logits, classes
+    ):  # (n,) -log KD within the class the image is to be taken for
+        wanted = (
+            classes
+            if self.sign < 0
+            else logits.scatter(1, classes[:, None], -math.inf).argmax(1)
+        )
         return -self.density.log_density(z, wanted).to(logits)
 
     def penalty(self, model, x, rows):
         z, logits = self.look(model, x)
         classes = self.classes.to(x.device)[rows]
-        f2 = (self.nll(z, logits, classes) - self.eta + 1e-5*(1 + abs(self.eta))).clamp(min=0)
-        return shortfall(self.sign*margin(logits, classes), logits, self.confidence) + f2
+        f2 = (
+            self.nll(z, logits, classes) - self.eta + 1e-5 * (1 + abs(self.eta))
+        ).clamp(min=0)
+        return (
+            shortfall(self.sign * margin(logits, classes), logits, self.confidence) + f2
+        )
 
     def reached(self, model, x):
-        with torch.no_grad(): z, logits = self.look(model, x)
-        return super().__call__(x, logits) & (self.nll(z, logits, self.classes.to(z.device)) <= self.eta)
+        with torch.no_grad():
+            z, logits = self.look(model, x)
+        return super().__call__(x, logits) & (
+            self.nll(z, logits, self.classes.to(z.device)) <= self.eta
+        )
 
-    def __call__(self, perturbed, outputs): # (N,) booleans, for images as the attacked model takes them
+    def __call__(
+        self, perturbed, outputs
+    ):  # (N,) booleans, for images as the attacked model takes them
         images, restore = ep.astensor_(perturbed)
         return restore(ep.astensor(self.reached(self.model, images.raw)))
 
 # %% ../nbs/06c_optimization_attacks.ipynb #27e26802
 class CarliniWagnerWB(CarliniWagnerL2):
     "C&W-wb, against classifier and K-density detector together: RCE §4.4."
-    valid = dict(eta=_real, first_confidence=_confidence, first_searches=check_count, first_steps=check_count)
 
-    def __init__(self,
-        density:nn.Module,        # fitted `KernelDensity`
-        eta:float,                # the detector passes images with -log KD ≤ eta; `median_nll` for the paper's
-        network:nn.Module=None,   # with `hidden_and_logits`; needed only where the attacked model has none but calls one that has
-        first_confidence:float=5.,# κ of the first phase
-        first_searches:int=3,     # constants of the first phase
-        first_steps:int=1000,     # steps of the first phase for each constant
-        average_case:bool=True,   # with class labels: aim at a random wrong class
-        start='cold',             # of the first phase: see `CarliniWagnerL2`
-        **kwargs,                 # for `CarliniWagnerL2`: the second phase
+    valid = dict(
+        eta=_real,
+        first_confidence=_confidence,
+        first_searches=check_count,
+        first_steps=check_count,
+    )
+
+    def __init__(
+        self,
+        density: nn.Module,  # fitted `KernelDensity`
+        eta: float,  # the detector passes images with -log KD ≤ eta; `median_nll` for the paper's
+        network: nn.Module = None,  # with `hidden_and_logits`; needed only where the attacked model has none but calls one that has
+        first_confidence: float = 5.0,  # κ of the first phase
+        first_searches: int = 3,  # constants of the first phase
+        first_steps: int = 1000,  # steps of the first phase for each constant
+        average_case: bool = True,  # with class labels: aim at a random wrong class
+        start='cold',  # of the first phase: see `CarliniWagnerL2`
+        **kwargs,  # for `CarliniWagnerL2`: the second phase
     ):
         super().__init__(average_case=average_case, start=start, **kwargs)
         self.density, self.eta, self.network = density, eta, network
-        self.first_confidence, self.first_searches, self.first_steps = first_confidence, first_searches, first_steps
+        self.first_confidence, self.first_searches, self.first_steps = (
+            first_confidence,
+            first_searches,
+            first_steps,
+        )
 
     def _goal(self, model, x, criterion):
-        if isinstance(criterion, Goal): return criterion
+        if isinstance(criterion, Goal):
+            return criterion
         network = self.network if self.network is not None else model
-        if not hasattr(network, 'hidden_and_logits'): raise InputError('C&W-wb looks at hidden vectors: attack, or give as network=, a module with hidden_and_logits')
-        return UndetectedGoal(network, self.density, self.eta, *self._aim(model, x, criterion), self.confidence, model=model)
+        if not hasattr(network, 'hidden_and_logits'):
+            raise InputError(
+                'C&W-wb looks at hidden vectors: attack, or give as network=, a module with hidden_and_logits'
+            )
+        return UndetectedGoal(
+            network,
+            self.density,
+            self.eta,
+            *self._aim(model, x, criterion),
+            self.confidence,
+            model=model,
+        )
 
     def _found(self, model, x, aim, bounds, stop, start):
-        first = CarliniWagnerL2(self.first_confidence, self.first_searches, self.first_steps, self.stepsize, self.initial_const, tolerance=self.tolerance)
-        near = first._found(model, x, Goal(aim.classes, aim.sign, self.first_confidence), bounds, 0., start)
-        return self._search(x, partial(aim.penalty, model), bounds, stop, start=near, stepsize=self.stepsize, growth=10)
+        first = CarliniWagnerL2(
+            self.first_confidence,
+            self.first_searches,
+            self.first_steps,
+            self.stepsize,
+            self.initial_const,
+            tolerance=self.tolerance,
+        )
+        near = first._found(
+            model,
+            x,
+            Goal(aim.classes, aim.sign, self.first_confidence),
+            bounds,
+            0.0,
+            start,
+        )
+        return self._search(
+            x,
+            partial(aim.penalty, model),
+            bounds,
+            stop,
+            start=near,
+            stepsize=self.stepsize,
+            growth=10,
+        )
 
 # %% ../nbs/06c_optimization_attacks.ipynb #fac04ad2
-def cw(**kwargs)->CarliniWagnerL2: # kwargs: changes of the settings
+def cw(**kwargs) -> CarliniWagnerL2:  # kwargs: changes of the settings
     "C&W with the settings of GCE §5.2: 9 × 1000 steps, κ = 0, average case, cold start."
-    return CarliniWagnerL2(**dict(binary_search_steps=9, steps=1000, confidence=0., average_case=True, start='cold') | kwargs)
+    return CarliniWagnerL2(
+        **dict(
+            binary_search_steps=9,
+            steps=1000,
+            confidence=0.0,
+            average_case=True,
+            start='cold',
+        )
+        | kwargs
+    )
 
-def cw_hc(**kwargs)->CarliniWagnerL2: # kwargs: changes of the settings
+
+def cw_hc(**kwargs) -> CarliniWagnerL2:  # kwargs: changes of the settings
     "C&W-hc of RCE §4.3: κ = 10, average case; 9 × 10000 steps as in its authors' code, cold start."
-    return CarliniWagnerL2(**dict(binary_search_steps=9, steps=10000, confidence=10., average_case=True, start='cold') | kwargs)
+    return CarliniWagnerL2(
+        **dict(
+            binary_search_steps=9,
+            steps=10000,
+            confidence=10.0,
+            average_case=True,
+            start='cold',
+        )
+        | kwargs
+    )
 
 # %% ../nbs/06c_optimization_attacks.ipynb #c7c58189
 def cw_wb(
-    density:nn.Module, # fitted `KernelDensity`
-    eta:float,         # from `median_nll`
-    **kwargs,          # changes of the settings
-)->CarliniWagnerWB:    # both phases as long as in the authors' code
+    density: nn.Module,  # fitted `KernelDensity`
+    eta: float,  # from `median_nll`
+    **kwargs,  # changes of the settings
+) -> CarliniWagnerWB:  # both phases as long as in the authors' code
     "C&W-wb of RCE §4.4: 3 × 5000 steps with κ = 5, then 9 × 10000 on classifier and detector; average case."
-    return CarliniWagnerWB(density, eta, **dict(first_confidence=5., first_searches=3, first_steps=5000, binary_search_steps=9, steps=10000) | kwargs)
+    return CarliniWagnerWB(
+        density,
+        eta,
+        **dict(
+            first_confidence=5.0,
+            first_searches=3,
+            first_steps=5000,
+            binary_search_steps=9,
+            steps=10000,
+        )
+        | kwargs,
+    )

@@ -15,57 +15,72 @@ from .core import InputError, as_number
 
 # %% ../nbs/03a_perturbation.ipynb #46c09f99
 def check_eps(
-    eps:float, # radius of the L∞ ball, in units of the pixel range
-)->float:      # the same, as a float
+    eps: float,  # radius of the L∞ ball, in units of the pixel range
+) -> float:  # the same, as a float
     "`InputError` unless 0 ≤ eps ≤ 1."
     size = as_number(eps, 'eps')
-    if not 0 <= size <= 1: raise InputError(f'eps is {size:g}: it must lie in [0, 1], the range of a pixel')
+    if not 0 <= size <= 1:
+        raise InputError(
+            f'eps is {size:g}: it must lie in [0, 1], the range of a pixel'
+        )
     return size
 
 # %% ../nbs/03a_perturbation.ipynb #7ee37854
 def check_images(
-    x:torch.Tensor,      # images
-    bounds:tuple=(0, 1), # smallest and largest value of a pixel
-)->torch.Tensor:         # the images; cut to the bounds where a rounding led out of them
+    x: torch.Tensor,  # images
+    bounds: tuple = (0, 1),  # smallest and largest value of a pixel
+) -> torch.Tensor:  # the images; cut to the bounds where a rounding led out of them
     "`InputError` unless the images are floating point and within the bounds, up to rounding."
-    if not x.is_floating_point(): raise InputError(f'images are {x.dtype}: convert them to floating point in [0, 1], for bytes x.float()/255')
-    if not x.numel(): return x
+    if not x.is_floating_point():
+        raise InputError(
+            f'images are {x.dtype}: convert them to floating point in [0, 1], for bytes x.float()/255'
+        )
+    if not x.numel():
+        return x
     (low, high), (a, b) = (v.item() for v in x.aminmax()), bounds
-    if low >= a and high <= b: return x
+    if low >= a and high <= b:
+        return x
     excess, rounding = max(a - low, high - b), max(1e-6, torch.finfo(x.dtype).eps)
-    if not excess <= rounding*max(b - a, abs(a), abs(b)):
-        raise InputError(f'pixels span [{low:g}, {high:g}]: they must lie in [{a:g}, {b:g}], {excess:.2g} is too far out; normalise inside the model')
+    if not excess <= rounding * max(b - a, abs(a), abs(b)):
+        raise InputError(
+            f'pixels span [{low:g}, {high:g}]: they must lie in [{a:g}, {b:g}], {excess:.2g} is too far out; normalise inside the model'
+        )
     return x.clamp(a, b)
 
 # %% ../nbs/03a_perturbation.ipynb #0bd9242b
 def check_labels(
-    y:torch.Tensor, # class indices
-    n:int,          # number of images
+    y: torch.Tensor,  # class indices
+    n: int,  # number of images
 ):
     "`InputError` unless there is one class index for every image."
-    if y.shape != (n,): raise InputError(f'labels have shape {tuple(y.shape)}: {n} images need one class index each, shape ({n},)')
-    if y.is_floating_point() or y.dtype == torch.bool: raise InputError(f'labels are {y.dtype}: give class indices as integers')
+    if y.shape != (n,):
+        raise InputError(
+            f'labels have shape {tuple(y.shape)}: {n} images need one class index each, shape ({n},)'
+        )
+    if y.is_floating_point() or y.dtype == torch.bool:
+        raise InputError(f'labels are {y.dtype}: give class indices as integers')
 
 # %% ../nbs/03a_perturbation.ipynb #0d09cbd6
 def _directed(
-    face:torch.Tensor,  # float64; overwritten
-    up:bool,            # round up, or down?
-    signed:bool=True,   # may there be negative numbers? If not, it is quicker
-)->torch.Tensor:        # float32
+    face: torch.Tensor,  # float64; overwritten
+    up: bool,  # round up, or down?
+    signed: bool = True,  # may there be negative numbers? If not, it is quicker
+) -> torch.Tensor:  # float32
     "Round doubles to float32 in the given direction."
     bits, rest = face.view(torch.int64), 2**29 - 1
     if signed:
-        negative = bits >> 63 # -1 or 0
+        negative = bits >> 63  # -1 or 0
         bits.add_((~negative if up else negative).bitwise_and_(rest))
-    elif up: bits.add_(rest)
+    elif up:
+        bits.add_(rest)
     bits.bitwise_and_(~rest)
     return face.float()
 
 # %% ../nbs/03a_perturbation.ipynb #cb640deb
 def _stepped(
-    face:torch.Tensor, # float64
-    x:torch.Tensor,    # images, of any floating type
-)->torch.Tensor:       # like `x`
+    face: torch.Tensor,  # float64
+    x: torch.Tensor,  # images, of any floating type
+) -> torch.Tensor:  # like `x`
     "Round doubles to the type of `x`, never away from `x`."
     rounded = face.to(x.dtype)
     outside = (rounded.double() - x.double()).abs() > (face - x.double()).abs()
@@ -73,116 +88,142 @@ def _stepped(
 
 # %% ../nbs/03a_perturbation.ipynb #a7885da8
 def faces(
-    x:torch.Tensor,      # images, within the bounds
-    eps:float,           # radius of the ball
-    bounds:tuple=(0, 1), # smallest and largest value of a pixel
-)->tuple:                # smallest and largest value of every pixel, each like `x`
+    x: torch.Tensor,  # images, within the bounds
+    eps: float,  # radius of the ball
+    bounds: tuple = (0, 1),  # smallest and largest value of a pixel
+) -> tuple:  # smallest and largest value of every pixel, each like `x`
     "The L∞ ball around `x` within the bounds; a loop computes it once and clamps often."
     wide, signed = x.double(), bounds[0] < 0
     low, high = wide - eps, wide + eps
-    if x.dtype == torch.float32: low, high = _directed(low, True, signed), _directed(high, False, signed)
-    else: low, high = _stepped(low, x), _stepped(high, x)
+    if x.dtype == torch.float32:
+        low, high = _directed(low, True, signed), _directed(high, False, signed)
+    else:
+        low, high = _stepped(low, x), _stepped(high, x)
     return low.clamp_(min=bounds[0]), high.clamp_(max=bounds[1])
 
 # %% ../nbs/03a_perturbation.ipynb #18a2848d
 def project(
-    x_adv:torch.Tensor,  # any images
-    x:torch.Tensor,      # the images they came from, within the bounds
-    eps:float,           # radius of the ball
-    bounds:tuple=(0, 1), # smallest and largest value of a pixel
-)->torch.Tensor:         # nearest images with ‖x_adv - x‖∞ ≤ eps, within the bounds
+    x_adv: torch.Tensor,  # any images
+    x: torch.Tensor,  # the images they came from, within the bounds
+    eps: float,  # radius of the ball
+    bounds: tuple = (0, 1),  # smallest and largest value of a pixel
+) -> torch.Tensor:  # nearest images with ‖x_adv - x‖∞ ≤ eps, within the bounds
     "clip of GCE Eq 5: into the L∞ ball around `x` and into the pixel range."
     return x_adv.clamp(*faces(x, eps, bounds))
 
 # %% ../nbs/03a_perturbation.ipynb #ab96370e
 @contextmanager
 def frozen(
-    model:nn.Module, # any network
-):                   # yields the network
+    model: nn.Module,  # any network
+):  # yields the network
     "No parameter requires a gradient inside the block; afterwards each is as it was, also after an exception."
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    for p, _ in flags: p.requires_grad_(False)
-    try: yield model
+    for p, _ in flags:
+        p.requires_grad_(False)
+    try:
+        yield model
     finally:
-        for p, flag in flags: p.requires_grad_(flag)
+        for p, flag in flags:
+            p.requires_grad_(flag)
 
 # %% ../nbs/03a_perturbation.ipynb #05e08afd
 def input_gradient(
-    model,          # from images to logits (N, K)
-    x:torch.Tensor, # (N, …) images
-    y:torch.Tensor, # (N,) class indices
-    loss_func,      # from logits and classes to one loss an image, (N,)
-)->tuple:           # gradient, like `x`, and loss (N,), both detached
+    model,  # from images to logits (N, K)
+    x: torch.Tensor,  # (N, …) images
+    y: torch.Tensor,  # (N,) class indices
+    loss_func,  # from logits and classes to one loss an image, (N,)
+) -> tuple:  # gradient, like `x`, and loss (N,), both detached
     "The gradient of the summed losses with respect to the images only: no parameter's `.grad` is touched."
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         loss = loss_func(model(leaf), y)
-        if not loss.requires_grad: raise InputError('the loss does not depend on the images: a gradient attack needs a model that torch can differentiate')
+        if not loss.requires_grad:
+            raise InputError(
+                'the loss does not depend on the images: a gradient attack needs a model that torch can differentiate'
+            )
         return _own(torch.autograd.grad(loss.sum(), leaf)[0]), loss.detach()
 
-def _own(gradient): # a tensor that can be written to: that of a sum over pixels is one number, shown everywhere
+
+def _own(
+    gradient,
+):  # a tensor that can be written to: that of a sum over pixels is one number, shown everywhere
     return gradient.contiguous() if 0 in gradient.stride() else gradient
 
 # %% ../nbs/03a_perturbation.ipynb #b59a126a
 def linf_step(
-    x_adv:torch.Tensor,    # where the images are
-    x:torch.Tensor,        # where they came from
-    gradient:torch.Tensor, # direction, like `x`
-    step:float,            # how far each pixel moves; negative to go down
-    eps:float,             # radius of the ball
-)->torch.Tensor:           # the next images
+    x_adv: torch.Tensor,  # where the images are
+    x: torch.Tensor,  # where they came from
+    gradient: torch.Tensor,  # direction, like `x`
+    step: float,  # how far each pixel moves; negative to go down
+    eps: float,  # radius of the ball
+) -> torch.Tensor:  # the next images
     "One step of GCE Eq 5: along the signs, then back into the ball."
-    return project(x_adv + step*gradient.sign(), x, eps)
+    return project(x_adv + step * gradient.sign(), x, eps)
 
 # %% ../nbs/03a_perturbation.ipynb #7cac8e57
-GOLDEN = 0x9E3779B97F4A7C15 - 2**64 # 2⁶⁴ over the golden ratio, as a signed integer
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2⁶⁴ over the golden ratio, as a signed integer
 
-def _shift(z, n): return (z >> n).bitwise_and_((1 << (64 - n)) - 1) # to the right, zeros moving in
+
+def _shift(z, n):
+    return (z >> n).bitwise_and_((1 << (64 - n)) - 1)  # to the right, zeros moving in
+
 
 def mix(
-    z:torch.Tensor, # int64; overwritten
-)->torch.Tensor:    # the same tensor
+    z: torch.Tensor,  # int64; overwritten
+) -> torch.Tensor:  # the same tensor
     "The output function of splitmix64: every bit of the result depends on every bit of `z`."
     z.bitwise_xor_(_shift(z, 30)).mul_(0xBF58476D1CE4E5B9 - 2**64)
     z.bitwise_xor_(_shift(z, 27)).mul_(0x94D049BB133111EB - 2**64)
     return z.bitwise_xor_(_shift(z, 31))
 
 # %% ../nbs/03a_perturbation.ipynb #b27b1cce
-def _weights(n, device): # n odd numbers
+def _weights(n, device):  # n odd numbers
     return mix(torch.arange(1, n + 1, device=device).mul_(GOLDEN)).bitwise_or_(1)
 
-def _levels(x, bounds): # (N, F) int64: 0 to 255 for pixels within the bounds
+
+def _levels(x, bounds):  # (N, F) int64: 0 to 255 for pixels within the bounds
     low, high = bounds
-    x = x.detach() if (low, high) == (0, 1) else (x.detach() - low)/(high - low)
+    x = x.detach() if (low, high) == (0, 1) else (x.detach() - low) / (high - low)
     return x.float().mul(255).add_(0.5297).floor_().flatten(1).long()
 
+
 def sample_keys(
-    x:torch.Tensor,      # (N, …) images, floating point
-    seed:int=0,          # any integer
-    bounds:tuple=(0, 1), # smallest and largest value of a pixel
-)->torch.Tensor:         # (N,) int64, one key an image
+    x: torch.Tensor,  # (N, …) images, floating point
+    seed: int = 0,  # any integer
+    bounds: tuple = (0, 1),  # smallest and largest value of a pixel
+) -> torch.Tensor:  # (N,) int64, one key an image
     "A hash of every image's grey levels and the seed, whatever the batch it comes in and whatever the range of its pixels."
     levels, signed = _levels(x, bounds), (seed + 2**63) % 2**64 - 2**63
-    return mix(levels.mul_(_weights(levels.shape[1], x.device)).sum(1) + mix(torch.tensor([signed], device=x.device)))
+    return mix(
+        levels.mul_(_weights(levels.shape[1], x.device)).sum(1)
+        + mix(torch.tensor([signed], device=x.device))
+    )
 
 # %% ../nbs/03a_perturbation.ipynb #9587858b
 def uniform_noise(
-    keys:torch.Tensor, # (N,) int64, from `sample_keys`
-    shape:tuple,       # of the noise for one image
-    draw:int=0,        # which draw: 0, 1, 2, …
-)->torch.Tensor:       # (N, *shape) float32 in [0, 1), on the device of `keys`
+    keys: torch.Tensor,  # (N,) int64, from `sample_keys`
+    shape: tuple,  # of the noise for one image
+    draw: int = 0,  # which draw: 0, 1, 2, …
+) -> torch.Tensor:  # (N, *shape) float32 in [0, 1), on the device of `keys`
     "Random numbers that depend on the key, the draw and the position in `shape`, and on nothing else."
     shape = torch.Size(shape)
     start = mix(keys ^ mix(torch.tensor([draw], device=keys.device).mul_(GOLDEN)))
     count = torch.arange(1, shape.numel() + 1, device=keys.device).mul_(GOLDEN)
-    return _shift(mix(start[:,None] + count), 40).float().mul_(2**-24).view(len(keys), *shape)
+    return (
+        _shift(mix(start[:, None] + count), 40)
+        .float()
+        .mul_(2**-24)
+        .view(len(keys), *shape)
+    )
 
 # %% ../nbs/03a_perturbation.ipynb #ddf0f4da
 def start_noise(
-    x:torch.Tensor,      # images
-    seed:int=0,          # any integer
-    bounds:tuple=(0, 1), # smallest and largest value of a pixel
-)->torch.Tensor:         # uniform in [-1, 1], like `x`
+    x: torch.Tensor,  # images
+    seed: int = 0,  # any integer
+    bounds: tuple = (0, 1),  # smallest and largest value of a pixel
+) -> torch.Tensor:  # uniform in [-1, 1], like `x`
     "The random starts of all images, in units of eps; equal images get equal starts."
     u = uniform_noise(sample_keys(x, seed, bounds), x.shape[1:])
-    return u.mul_(2).sub_(1 - 2**-24).to(x.dtype) # no number is lost, and the ends are alike
+    return (
+        u.mul_(2).sub_(1 - 2**-24).to(x.dtype)
+    )  # no number is lost, and the ends are alike

@@ -13,72 +13,113 @@ from numbers import Real
 from pathlib import Path
 
 from .adversarial import AdversarialTraining
-from .checkpoints import classifier_header, differences, load_classifier, load_header, save_classifier
-from .core import InputError, RunFailed, check_count, choose, derive_seed, pick_device, seed_everything
+from complement_objectives.checkpoints import (
+    classifier_header,
+    differences,
+    load_classifier,
+    load_header,
+    save_classifier,
+)
+from complement_objectives.core import (
+    InputError,
+    RunFailed,
+    check_count,
+    choose,
+    derive_seed,
+    pick_device,
+    seed_everything,
+)
 from .data import DATASETS, ImageData, PadCropFlip, load_data
 from .models import MODELS, create_model, forward_batches
 from .schedules import PRESETS
-from .training import OBJECTIVES, PRECISIONS, adam, check_objective, train_classifier
+from complement_objectives.training import (
+    OBJECTIVES,
+    PRECISIONS,
+    adam,
+    check_objective,
+    train_classifier,
+)
 
 # %% ../nbs/04f_recipes.ipynb #a6c8ed12
 @dataclass(frozen=True)
 class Recipe:
     "How one data set is trained when nothing else is asked for."
-    n_train:int           # training images
-    model:str             # a key of `MODELS`
-    epochs:int            # passes over the training images
-    batch_size:int        # images an update
-    lr:float              # learning rate of Adam
-    mean:tuple|float = 0. # pixel mean for the network's first layer
-    std:tuple|float = 1.  # pixel deviation for the network's first layer
-    flip:bool = False     # may an image be mirrored?
 
-    def network(self,
-        model:str,      # a key of `MODELS`
-        data:ImageData, # what it is to classify
-    )->dict:            # arguments of `create_model`
+    n_train: int  # training images
+    model: str  # a key of `MODELS`
+    epochs: int  # passes over the training images
+    batch_size: int  # images an update
+    lr: float  # learning rate of Adam
+    mean: tuple | float = 0.0  # pixel mean for the network's first layer
+    std: tuple | float = 1.0  # pixel deviation for the network's first layer
+    flip: bool = False  # may an image be mirrored?
+
+    def network(
+        self,
+        model: str,  # a key of `MODELS`
+        data: ImageData,  # what it is to classify
+    ) -> dict:  # arguments of `create_model`
         "The network for this data, in words."
-        return dict(name=model, n_classes=data.n_classes, in_channels=data.in_channels, mean=self.mean, std=self.std)
+        return dict(
+            name=model,
+            n_classes=data.n_classes,
+            in_channels=data.in_channels,
+            mean=self.mean,
+            std=self.std,
+        )
 
 # %% ../nbs/04f_recipes.ipynb #66fbe7c0
 RECIPES = {
     'digits': Recipe(1347, 'digits_cnn', epochs=30, batch_size=64, lr=1e-3),
     'mnist': Recipe(60_000, 'lenet5', epochs=10, batch_size=128, lr=1e-3),
-    'fashion-mnist': Recipe(60_000, 'lenet5', epochs=10, batch_size=128, lr=1e-3, flip=True),
-    'cifar10': Recipe(50_000, 'resnet20', epochs=30, batch_size=128, lr=1e-3, mean=(.4914, .4822, .4465), std=(.2023, .1994, .2010), flip=True)}
+    'fashion-mnist': Recipe(
+        60_000, 'lenet5', epochs=10, batch_size=128, lr=1e-3, flip=True
+    ),
+    'cifar10': Recipe(
+        50_000,
+        'resnet20',
+        epochs=30,
+        batch_size=128,
+        lr=1e-3,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2023, 0.1994, 0.2010),
+        flip=True,
+    ),
+}
 
 # %% ../nbs/04f_recipes.ipynb #98c93d64
 @dataclass(frozen=True)
 class TrainingConfig:
     "All that decides a trained network; equal configurations and versions give equal numbers on one machine."
-    dataset:str             # a key of `DATASETS`
-    model:str               # a key of `MODELS`
-    objective:str           # a key of `OBJECTIVES`
-    alpha:float             # exponent of GCE's guiding factor, > 0
-    preset:str|None         # a key of `PRESETS`, or None for Adam at a constant rate
-    epochs:int              # passes over the training images
-    batch_size:int          # images an update
-    lr:float                # learning rate, where it starts
-    augment:bool            # padded crops, and mirroring where the recipe allows it?
-    adversarial:float|None  # ε of adversarial training, in (0, 1], or None
-    precision:str           # a key of `PRECISIONS`
-    seed:int                # of initialisation, batches and augmentation
+
+    dataset: str  # a key of `DATASETS`
+    model: str  # a key of `MODELS`
+    objective: str  # a key of `OBJECTIVES`
+    alpha: float  # exponent of GCE's guiding factor, > 0
+    preset: str | None  # a key of `PRESETS`, or None for Adam at a constant rate
+    epochs: int  # passes over the training images
+    batch_size: int  # images an update
+    lr: float  # learning rate, where it starts
+    augment: bool  # padded crops, and mirroring where the recipe allows it?
+    adversarial: float | None  # ε of adversarial training, in (0, 1], or None
+    precision: str  # a key of `PRECISIONS`
+    seed: int  # of initialisation, batches and augmentation
 
 # %% ../nbs/04f_recipes.ipynb #2c67f9e3
 def training_config(
-    dataset:str='digits',       # a key of `DATASETS`
-    model:str|None=None,        # a key of `MODELS`; None for the recipe's
-    objective:str='xe',         # a key of `OBJECTIVES`
-    alpha:float=1/3,            # exponent of GCE's guiding factor, > 0
-    preset:str|None=None,       # a key of `PRESETS`
-    epochs:int|None=None,       # at least 1
-    batch_size:int|None=None,   # at least 1
-    lr:float|None=None,         # above 0
-    augment:bool=False,         # padded crops and mirroring?
-    adversarial:float|None=None,# ε of adversarial training
-    precision:str='fp32',       # a key of `PRECISIONS`
-    seed:int=0,                 # any integer from 0
-)->TrainingConfig:              # complete
+    dataset: str = 'digits',  # a key of `DATASETS`
+    model: str | None = None,  # a key of `MODELS`; None for the recipe's
+    objective: str = 'xe',  # a key of `OBJECTIVES`
+    alpha: float = 1 / 3,  # exponent of GCE's guiding factor, > 0
+    preset: str | None = None,  # a key of `PRESETS`
+    epochs: int | None = None,  # at least 1
+    batch_size: int | None = None,  # at least 1
+    lr: float | None = None,  # above 0
+    augment: bool = False,  # padded crops and mirroring?
+    adversarial: float | None = None,  # ε of adversarial training
+    precision: str = 'fp32',  # a key of `PRECISIONS`
+    seed: int = 0,  # any integer from 0
+) -> TrainingConfig:  # complete
     "Fill in what is missing; `InputError` for anything that cannot be trained."
     choose(dataset, DATASETS, 'dataset')
     choose(precision, PRECISIONS, 'precision')
@@ -87,104 +128,205 @@ def training_config(
     model = recipe.model if model is None else model
     choose(model, MODELS, 'model')
     source = recipe if preset is None else choose(preset, PRESETS, 'preset')
-    if batch_size is None: batch_size = source.batch_size or recipe.batch_size
-    if lr is None: lr = source.lr
+    if batch_size is None:
+        batch_size = source.batch_size or recipe.batch_size
+    if lr is None:
+        lr = source.lr
     batch_size = check_count(batch_size, 'batch size')
-    if epochs is None: epochs = recipe.epochs if preset is None else source.epochs(math.ceil(recipe.n_train/batch_size))
+    if epochs is None:
+        epochs = (
+            recipe.epochs
+            if preset is None
+            else source.epochs(math.ceil(recipe.n_train / batch_size))
+        )
     epochs, seed = check_count(epochs, 'epochs'), check_count(seed, 'seed', 0)
-    if not isinstance(lr, Real) or not 0 < lr < 1e37: raise InputError(f'the learning rate must be a number above 0 that float32 can hold, got {lr!r}')
-    if adversarial is not None and not (isinstance(adversarial, Real) and 0 < adversarial <= 1):
-        raise InputError(f'the ε of adversarial training must be in (0, 1], got {adversarial!r}')
-    return TrainingConfig(dataset, model, objective, float(alpha), preset, epochs, batch_size, float(lr), augment, adversarial, precision, seed)
+    if not isinstance(lr, Real) or not 0 < lr < 1e37:
+        raise InputError(
+            f'the learning rate must be a number above 0 that float32 can hold, got {lr!r}'
+        )
+    if adversarial is not None and not (
+        isinstance(adversarial, Real) and 0 < adversarial <= 1
+    ):
+        raise InputError(
+            f'the ε of adversarial training must be in (0, 1], got {adversarial!r}'
+        )
+    return TrainingConfig(
+        dataset,
+        model,
+        objective,
+        float(alpha),
+        preset,
+        epochs,
+        batch_size,
+        float(lr),
+        augment,
+        adversarial,
+        precision,
+        seed,
+    )
 
 # %% ../nbs/04f_recipes.ipynb #0c8c3eb6
-def _optimizer(config): # what `train_classifier` needs of the schedule
-    if config.preset is None: return dict(opt_func=adam)
-    preset, steps = replace(PRESETS[config.preset], lr=config.lr), math.ceil(RECIPES[config.dataset].n_train/config.batch_size)
-    if config.epochs != preset.epochs(steps): preset = preset.scaled(config.epochs)
+def _optimizer(config):  # what `train_classifier` needs of the schedule
+    if config.preset is None:
+        return dict(opt_func=adam)
+    preset, steps = (
+        replace(PRESETS[config.preset], lr=config.lr),
+        math.ceil(RECIPES[config.dataset].n_train / config.batch_size),
+    )
+    if config.epochs != preset.epochs(steps):
+        preset = preset.scaled(config.epochs)
     return dict(opt_func=preset.opt_func(), cbs=preset.callbacks(steps))
 
-def _arguments(config): # of `train_classifier`, beside data, network and places
+
+def _arguments(config):  # of `train_classifier`, beside data, network and places
     arguments = _optimizer(config)
-    if config.adversarial: arguments['cbs'] = [*arguments.get('cbs', ()), AdversarialTraining(config.adversarial)]
-    if config.augment: arguments['augment'] = PadCropFlip(4 if config.dataset == 'cifar10' else 2, RECIPES[config.dataset].flip)
-    return dict(arguments, name=config.objective, epochs=config.epochs, batch_size=config.batch_size, lr=config.lr, alpha=config.alpha,
-                precision=config.precision, seed=derive_seed(config.seed, 'train'))
+    if config.adversarial:
+        arguments['cbs'] = [
+            *arguments.get('cbs', ()),
+            AdversarialTraining(config.adversarial),
+        ]
+    if config.augment:
+        arguments['augment'] = PadCropFlip(
+            4 if config.dataset == 'cifar10' else 2, RECIPES[config.dataset].flip
+        )
+    return dict(
+        arguments,
+        name=config.objective,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        alpha=config.alpha,
+        precision=config.precision,
+        seed=derive_seed(config.seed, 'train'),
+    )
 
 # %% ../nbs/04f_recipes.ipynb #e2867c2d
-def _found(folder): # the configuration of the network or of the checkpoint in `folder`; None where it is new or empty
-    if folder.exists() and not folder.is_dir(): raise InputError(f'{folder} is a file: name a folder with --out')
-    if (folder/'model.json').is_file(): found = classifier_header(folder)
-    elif (folder/'checkpoint.safetensors').is_file():
-        found = load_header(folder/'checkpoint.safetensors')
-        if isinstance(found, dict): found = found.get('settings')
-    elif folder.is_dir() and any(o.name[0] != '.' for o in folder.iterdir()): raise InputError(f'{folder} holds other files: name a new or empty folder with --out')
-    else: return None
+def _found(
+    folder,
+):  # the configuration of the network or of the checkpoint in `folder`; None where it is new or empty
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f'{folder} is a file: name a folder with --out')
+    if (folder / 'model.json').is_file():
+        found = classifier_header(folder)
+    elif (folder / 'checkpoint.safetensors').is_file():
+        found = load_header(folder / 'checkpoint.safetensors')
+        if isinstance(found, dict):
+            found = found.get('settings')
+    elif folder.is_dir() and any(o.name[0] != '.' for o in folder.iterdir()):
+        raise InputError(
+            f'{folder} holds other files: name a new or empty folder with --out'
+        )
+    else:
+        return None
     theirs = found.get('training') if isinstance(found, dict) else None
-    if not isinstance(theirs, dict): raise InputError(f'{folder} holds a network of another kind, not one of `cobj train`: name another folder with --out')
+    if not isinstance(theirs, dict):
+        raise InputError(
+            f'{folder} holds a network of another kind, not one of `cobj train`: name another folder with --out'
+        )
     return theirs
 
-def _claim(folder, config): # True when the network in `folder` is the one that is asked for
+
+def _claim(
+    folder, config
+):  # True when the network in `folder` is the one that is asked for
     theirs = _found(folder)
     apart = differences(theirs, asdict(config)) if theirs else ''
-    if apart: raise InputError(f'{folder} belongs to another training ({apart}): name another folder with --out')
-    return (folder/'model.json').is_file()
+    if apart:
+        raise InputError(
+            f'{folder} belongs to another training ({apart}): name another folder with --out'
+        )
+    return (folder / 'model.json').is_file()
 
-def _trained(config, data, model, checkpoint, device, progress): # the classifier and its report, looked at
-    classifier, report = train_classifier(data, model, device=device, progress=progress, checkpoint=checkpoint,
-                                          settings=dict(training=asdict(config)), **_arguments(config))
+
+def _trained(
+    config, data, model, checkpoint, device, progress
+):  # the classifier and its report, looked at
+    classifier, report = train_classifier(
+        data,
+        model,
+        device=device,
+        progress=progress,
+        checkpoint=checkpoint,
+        settings=dict(training=asdict(config)),
+        **_arguments(config),
+    )
     check_learned(report['history'], data.n_classes, config.lr)
     return classifier, report
 
-def _make_folder(folder): # or say why it cannot be
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise InputError(f'{folder} cannot be written to ({e.strerror}): name another folder with --out') from None
+
+def _make_folder(folder):  # or say why it cannot be
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(
+            f'{folder} cannot be written to ({e.strerror}): name another folder with --out'
+        ) from None
 
 # %% ../nbs/04f_recipes.ipynb #249f3869
 def check_learned(
-    history:list,  # a dict an epoch, of `train_classifier`
-    n_classes:int, # K
-    lr:float,      # the learning rate, for the message
+    history: list,  # a dict an epoch, of `train_classifier`
+    n_classes: int,  # K
+    lr: float,  # the learning rate, for the message
 ):
     "`RunFailed` where the loss ended at no finite number, or a hundred times above that of guessing with no better accuracy."
     last, guess = history[-1], math.log(n_classes)
     losses = {name: last[f'{name}_loss'] for name in ('train', 'valid')}
-    absurd = losses['valid'] > 100*guess and last['accuracy'] < 2/n_classes
-    if all(map(math.isfinite, losses.values())) and not absurd: return
-    raise RunFailed(f"the training diverged: after epoch {len(history)} the loss is {losses['train']:.4g} on training images and {losses['valid']:.4g} on test "
-                    f'images, where guessing has {guess:.2g}; nothing was stored, train with a smaller learning rate than {lr:g}')
+    absurd = losses['valid'] > 100 * guess and last['accuracy'] < 2 / n_classes
+    if all(map(math.isfinite, losses.values())) and not absurd:
+        return
+    raise RunFailed(
+        f'the training diverged: after epoch {len(history)} the loss is {losses["train"]:.4g} on training images and {losses["valid"]:.4g} on test '
+        f'images, where guessing has {guess:.2g}; nothing was stored, train with a smaller learning rate than {lr:g}'
+    )
+
 
 def forget_failed(
-    checkpoint:Path, # of the training
-    train,           # called without arguments, trains
-):                   # what `train` returns
+    checkpoint: Path,  # of the training
+    train,  # called without arguments, trains
+):  # what `train` returns
     "Train; where that fails, take the checkpoint away: it would lead to the same end."
-    try: return train()
+    try:
+        return train()
     except RunFailed:
         checkpoint.unlink(missing_ok=True)
         raise
 
 # %% ../nbs/04f_recipes.ipynb #13f3aebd
 def train_network(
-    config:TrainingConfig, # what to train
-    out:str|Path,          # folder for the network; of this configuration, new or empty
-    root=None,             # where the data sets lie, see `data_root`
-    device:str='auto',     # 'auto', 'cpu' or 'cuda'
-    progress=None,         # called with (epochs done, epochs in all)
-)->tuple:                  # the classifier in evaluation mode, and its header
+    config: TrainingConfig,  # what to train
+    out: str | Path,  # folder for the network; of this configuration, new or empty
+    root=None,  # where the data sets lie, see `data_root`
+    device: str = 'auto',  # 'auto', 'cpu' or 'cuda'
+    progress=None,  # called with (epochs done, epochs in all)
+) -> tuple:  # the classifier in evaluation mode, and its header
     "Train, or go on training, and save `model.safetensors` and `model.json`; returns at once when that is done already."
     out, device = Path(out), pick_device(device)
-    if _claim(out, config): return load_classifier(out, device)
-    if config.precision == 'fp16' and device.type != 'cuda': raise InputError('precision fp16 needs a GPU: use bf16 or fp32')
+    if _claim(out, config):
+        return load_classifier(out, device)
+    if config.precision == 'fp16' and device.type != 'cuda':
+        raise InputError('precision fp16 needs a GPU: use bf16 or fp32')
     data = load_data(config.dataset, root)
     check_objective(config.objective, data.n_classes, config.alpha)
     seed_everything(derive_seed(config.seed, 'init'))
     network = RECIPES[config.dataset].network(config.model, data)
     model = create_model(**network)
-    forward_batches(model, data.pixels(data.test_x[:1])) # refuses images of the wrong size before anything is written
+    forward_batches(
+        model, data.pixels(data.test_x[:1])
+    )  # refuses images of the wrong size before anything is written
     _make_folder(out)
-    train = partial(_trained, config, data, model, out/'checkpoint.safetensors', device, progress)
-    trained, report = forget_failed(out/'checkpoint.safetensors', train)
-    save_classifier(trained, network, out, training=asdict(config), class_names=data.class_names, scale=data.scale, device=str(device), **report)
-    (out/'checkpoint.safetensors').unlink()
+    train = partial(
+        _trained, config, data, model, out / 'checkpoint.safetensors', device, progress
+    )
+    trained, report = forget_failed(out / 'checkpoint.safetensors', train)
+    save_classifier(
+        trained,
+        network,
+        out,
+        training=asdict(config),
+        class_names=data.class_names,
+        scale=data.scale,
+        device=str(device),
+        **report,
+    )
+    (out / 'checkpoint.safetensors').unlink()
     return load_classifier(out, device)

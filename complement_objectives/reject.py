@@ -18,70 +18,120 @@ import torch.nn.functional as F
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
-from .checkpoints import _format, load_classifier, load_tensors, save_classifier, save_tensors
-from .core import InputError, _plain, load_json, save_json, software_versions, weight_type
-from .detection import (
-    DETECTORS, Detector, KernelDensity, _as_scores, _tensor, create_detector, usable)
-from .intervals import fpr_interval, separation_interval, tpr_interval
+from complement_objectives.checkpoints import (
+    _format,
+    load_classifier,
+    load_tensors,
+    save_classifier,
+    save_tensors,
+)
+from complement_objectives.core import (
+    InputError,
+    _plain,
+    load_json,
+    save_json,
+    software_versions,
+    weight_type,
+)
+from complement_objectives.detection import (
+    DETECTORS,
+    Detector,
+    KernelDensity,
+    _as_scores,
+    _tensor,
+    create_detector,
+    usable,
+)
+from complement_objectives.intervals import (
+    fpr_interval,
+    separation_interval,
+    tpr_interval,
+)
 from .models import ReverseLogits, create_model, forward_batches
 
 # %% ../nbs/05a_reject.ipynb #d86df603
 def threshold_at(
-    normal,         # (N,) scores of held-out normal inputs, higher = more normal
-    fpr:float=0.05, # share of normal inputs that may be rejected, in (0, 1)
-)->float:           # T: reject scores below it
+    normal,  # (N,) scores of held-out normal inputs, higher = more normal
+    fpr: float = 0.05,  # share of normal inputs that may be rejected, in (0, 1)
+) -> float:  # T: reject scores below it
     "Largest threshold that rejects a new normal input with probability `fpr` at most."
     normal = _as_scores(normal)
-    if not 0 < fpr < 1: raise InputError(f'fpr is {fpr}: it must lie between 0 and 1')
-    k = math.floor(fpr*(len(normal) + 1) + 1e-9)
-    if not k: raise InputError(f'{len(normal)} normal scores cannot hold a false-positive rate of {fpr}: give {math.ceil(1/fpr - 1 - 1e-9)} or more')
+    if not 0 < fpr < 1:
+        raise InputError(f'fpr is {fpr}: it must lie between 0 and 1')
+    k = math.floor(fpr * (len(normal) + 1) + 1e-9)
+    if not k:
+        raise InputError(
+            f'{len(normal)} normal scores cannot hold a false-positive rate of {fpr}: give {math.ceil(1 / fpr - 1 - 1e-9)} or more'
+        )
     return float(np.partition(normal, k - 1)[k - 1])
 
 # %% ../nbs/05a_reject.ipynb #dd33ff5c
-NOT_SURE = -1 # instead of a class
+NOT_SURE = -1  # instead of a class
+
 
 class RejectOption(nn.Module):
     "Thresholding test strategy, RCE §3.4: the predicted class where the score reaches the threshold, `NOT_SURE` elsewhere."
-    def __init__(self,
-        detector:Detector,    # fitted, where it has to be
-        fpr:float=0.05,       # share of normal inputs that may be rejected, for `fit`
-        threshold:float=None, # T, where it is known already
+
+    def __init__(
+        self,
+        detector: Detector,  # fitted, where it has to be
+        fpr: float = 0.05,  # share of normal inputs that may be rejected, for `fit`
+        threshold: float = None,  # T, where it is known already
     ):
         super().__init__()
         self.detector, self.fpr, self.given = detector, fpr, threshold is not None
-        self.register_buffer('threshold_', torch.tensor(math.nan if threshold is None else threshold, dtype=torch.float64))
+        self.register_buffer(
+            'threshold_',
+            torch.tensor(
+                math.nan if threshold is None else threshold, dtype=torch.float64
+            ),
+        )
 
-    def fit(self,
-        hidden:torch.Tensor, # (N, D) hidden vectors of normal inputs that the detector was not fitted on
-        logits:torch.Tensor, # (N, K) their logits
-        fpr:float=None,      # share of normal inputs that may be rejected from now on; None: as it was
-    )->'RejectOption':       # itself
+    def fit(
+        self,
+        hidden: torch.Tensor,  # (N, D) hidden vectors of normal inputs that the detector was not fitted on
+        logits: torch.Tensor,  # (N, K) their logits
+        fpr: float = None,  # share of normal inputs that may be rejected from now on; None: as it was
+    ) -> 'RejectOption':  # itself
         "Set the threshold for a false-positive rate of `fpr`, see `threshold_at`."
         fpr = self.fpr if fpr is None else fpr
         return self._put(threshold_at(self.score(hidden, logits), fpr), fpr)
 
-    def _put(self, threshold, fpr): # both in one step, which an interrupt leaves undone or done
-        buffers = self._buffers | dict(threshold_=torch.full_like(self.threshold_, threshold))
+    def _put(
+        self, threshold, fpr
+    ):  # both in one step, which an interrupt leaves undone or done
+        buffers = self._buffers | dict(
+            threshold_=torch.full_like(self.threshold_, threshold)
+        )
         self.__dict__.update(_buffers=buffers, fpr=fpr, given=False)
         return self
 
-    def score(self,
-        hidden:torch.Tensor, # (N, D)
-        logits:torch.Tensor, # (N, K), or (N, K, H, W) for a detector that reads logits
-    )->torch.Tensor:         # (N,) or (N, H, W); NaN where hidden vector or logits hold NaN or an infinity
+    def score(
+        self,
+        hidden: torch.Tensor,  # (N, D)
+        logits: torch.Tensor,  # (N, K), or (N, K, H, W) for a detector that reads logits
+    ) -> (
+        torch.Tensor
+    ):  # (N,) or (N, H, W); NaN where hidden vector or logits hold NaN or an infinity
         "The detector's score."
-        scores, fine = self.detector.score(hidden, logits), usable(_tensor(logits), masks=True)
+        scores, fine = (
+            self.detector.score(hidden, logits),
+            usable(_tensor(logits), masks=True),
+        )
         if hidden is not None:
             whole = _tensor(hidden).flatten(1).isfinite().all(1)
-            fine = fine & whole.view(-1, *[1]*(fine.ndim - 1)).to(fine.device)
+            fine = fine & whole.view(-1, *[1] * (fine.ndim - 1)).to(fine.device)
         return torch.where(fine.to(scores.device), scores, math.nan)
 
-    def forward(self,
-        hidden:torch.Tensor, # (N, D)
-        logits:torch.Tensor, # (N, K), or (N, K, H, W) for a detector that reads logits
-    )->tuple:                # classes (N,) or (N, H, W), −1 for NOT SURE; and scores of that shape
+    def forward(
+        self,
+        hidden: torch.Tensor,  # (N, D)
+        logits: torch.Tensor,  # (N, K), or (N, K, H, W) for a detector that reads logits
+    ) -> tuple:  # classes (N,) or (N, H, W), −1 for NOT SURE; and scores of that shape
         if not torch.compiler.is_exporting() and self.threshold_.isnan():
-            raise NotFittedError('this RejectOption has no threshold: call fit(hidden, logits) with normal inputs first')
+            raise NotFittedError(
+                'this RejectOption has no threshold: call fit(hidden, logits) with normal inputs first'
+            )
         logits, scores = _tensor(logits), self.score(hidden, logits)
         classes = logits.argmax(1 if logits.ndim > 2 else -1).to(scores.device)
         return torch.where(scores >= self.threshold_, classes, NOT_SURE), scores
@@ -90,15 +140,16 @@ class RejectOption(nn.Module):
 
 # %% ../nbs/05a_reject.ipynb #3a128375
 def coverage(
-    answers:torch.Tensor, # (N,) of `RejectOption`
-)->float:                 # share of inputs with an answer; NaN without inputs
+    answers: torch.Tensor,  # (N,) of `RejectOption`
+) -> float:  # share of inputs with an answer; NaN without inputs
     "How often there is an answer."
     return (_tensor(answers) != NOT_SURE).double().mean().item()
 
+
 def selective_accuracy(
-    answers:torch.Tensor, # (N,) of `RejectOption`
-    labels:torch.Tensor,  # (N,) true classes
-)->float:                 # share of answers that are right; NaN where there is none
+    answers: torch.Tensor,  # (N,) of `RejectOption`
+    labels: torch.Tensor,  # (N,) true classes
+) -> float:  # share of answers that are right; NaN where there is none
     "Accuracy on the inputs that got an answer."
     answers = _tensor(answers)
     right = answers == _tensor(labels).to(answers.device)
@@ -106,61 +157,85 @@ def selective_accuracy(
 
 # %% ../nbs/05a_reject.ipynb #bf5503b2
 def risk_coverage(
-    scores,     # (N,) higher = more normal
-    right,      # (N,) bool, whether the predicted class is right
-)->pd.DataFrame: # a row for each threshold, falling: `threshold`, `coverage`, `risk` (share of wrong answers)
+    scores,  # (N,) higher = more normal
+    right,  # (N,) bool, whether the predicted class is right
+) -> pd.DataFrame:  # a row for each threshold, falling: `threshold`, `coverage`, `risk` (share of wrong answers)
     "Risk–coverage curve."
-    frame = pd.DataFrame(dict(threshold=_as_scores(scores), wrong=1 - _as_scores(right)))
-    groups = frame.groupby('threshold').wrong.agg(['size', 'sum']).sort_index(ascending=False).cumsum()
-    return pd.DataFrame(dict(coverage=groups['size']/len(frame), risk=groups['sum']/groups['size'])).reset_index()
+    frame = pd.DataFrame(
+        dict(threshold=_as_scores(scores), wrong=1 - _as_scores(right))
+    )
+    groups = (
+        frame.groupby('threshold')
+        .wrong.agg(['size', 'sum'])
+        .sort_index(ascending=False)
+        .cumsum()
+    )
+    return pd.DataFrame(
+        dict(coverage=groups['size'] / len(frame), risk=groups['sum'] / groups['size'])
+    ).reset_index()
 
 # %% ../nbs/05a_reject.ipynb #ed04858e
-def _ranked(normal, adversarial): # how many distinct scores there are, and the place of each score among them
-    normal, adversarial = [torch.from_numpy(_as_scores(s)) for s in (normal, adversarial)]
-    if not len(normal) or not len(adversarial): raise InputError('a detector is judged on at least one normal and one adversarial score')
+def _ranked(
+    normal, adversarial
+):  # how many distinct scores there are, and the place of each score among them
+    normal, adversarial = [
+        torch.from_numpy(_as_scores(s)) for s in (normal, adversarial)
+    ]
+    if not len(normal) or not len(adversarial):
+        raise InputError(
+            'a detector is judged on at least one normal and one adversarial score'
+        )
     values, place = torch.cat([normal, adversarial]).unique(return_inverse=True)
-    return len(values), place[:len(normal)], place[len(normal):]
+    return len(values), place[: len(normal)], place[len(normal) :]
 
-def _below(places, size): # (N,) places → (size + 1,) share below each threshold, from none to all
-    return torch.bincount(places + 1, minlength=size + 1).cumsum(0).double()/len(places)
+
+def _below(
+    places, size
+):  # (N,) places → (size + 1,) share below each threshold, from none to all
+    return torch.bincount(places + 1, minlength=size + 1).cumsum(0).double() / len(
+        places
+    )
 
 # %% ../nbs/05a_reject.ipynb #9892943b
 def rejection_curve(
-    normal,      # (N,) scores of normal inputs, higher = more normal
-    adversarial, # (M,) scores of adversarial inputs
-)->tuple:        # FPR and TPR at rising thresholds, float64 tensors from 0 to 1
+    normal,  # (N,) scores of normal inputs, higher = more normal
+    adversarial,  # (M,) scores of adversarial inputs
+) -> tuple:  # FPR and TPR at rising thresholds, float64 tensors from 0 to 1
     "Share of normal and of adversarial inputs rejected, at every threshold that makes a difference."
     size, *places = _ranked(normal, adversarial)
     return tuple(_below(p, size) for p in places)
 
 # %% ../nbs/05a_reject.ipynb #94635599
 def tpr_at_fpr(
-    normal,         # (N,) scores of normal inputs, higher = more normal
-    adversarial,    # (M,) scores of adversarial inputs
-    fpr:float=0.05, # share of normal inputs that may be rejected
-)->float:           # in [0, 1]
+    normal,  # (N,) scores of normal inputs, higher = more normal
+    adversarial,  # (M,) scores of adversarial inputs
+    fpr: float = 0.05,  # share of normal inputs that may be rejected
+) -> float:  # in [0, 1]
     "Largest share of adversarial inputs rejected by a threshold that rejects at most `fpr` of the normal ones."
-    if not 0 <= fpr <= 1: raise InputError(f'fpr is {fpr}: it must lie in [0, 1]')
+    if not 0 <= fpr <= 1:
+        raise InputError(f'fpr is {fpr}: it must lie in [0, 1]')
     below_normal, below_adversarial = rejection_curve(normal, adversarial)
-    return below_adversarial.masked_fill(below_normal > fpr + 1e-12, 0.).max().item()
+    return below_adversarial.masked_fill(below_normal > fpr + 1e-12, 0.0).max().item()
+
 
 def fpr_at_tpr(
-    normal,         # (N,) scores of normal inputs, higher = more normal
-    adversarial,    # (M,) scores of adversarial inputs
-    tpr:float=0.95, # share of adversarial inputs that must be rejected
-)->float:           # in [0, 1]
+    normal,  # (N,) scores of normal inputs, higher = more normal
+    adversarial,  # (M,) scores of adversarial inputs
+    tpr: float = 0.95,  # share of adversarial inputs that must be rejected
+) -> float:  # in [0, 1]
     "Smallest share of normal inputs rejected by a threshold that rejects at least `tpr` of the adversarial ones."
-    if not 0 <= tpr <= 1: raise InputError(f'tpr is {tpr}: it must lie in [0, 1]')
+    if not 0 <= tpr <= 1:
+        raise InputError(f'tpr is {tpr}: it must lie in [0, 1]')
     below_normal, below_adversarial = rejection_curve(normal, adversarial)
-    return below_normal.masked_fill(below_adversarial < tpr - 1e-12, 1.).min().item()
+    return below_normal.masked_fill(below_adversarial < tpr - 1e-12, 1.0).min().item()
 
 # %% ../nbs/05a_reject.ipynb #00d72ab0
 def detection_metrics(
-    normal,            # (N,) scores of normal inputs, higher = more normal; ±inf is a score as any other
-    adversarial,       # (M,) scores of adversarial inputs
-    level:float=0.95,  # of the intervals
-    paired:bool=False, # is the i-th adversarial input made from the i-th normal one?
-)->pd.DataFrame:       # rows AUC, TPR at 1 % and at 5 % FPR, FPR at 95 % TPR; columns `value`, `low`, `high`
+    normal,  # (N,) scores of normal inputs, higher = more normal; ±inf is a score as any other
+    adversarial,  # (M,) scores of adversarial inputs
+    level: float = 0.95,  # of the intervals
+    paired: bool = False,  # is the i-th adversarial input made from the i-th normal one?
+) -> pd.DataFrame:  # rows AUC, TPR at 1 % and at 5 % FPR, FPR at 95 % TPR; columns `value`, `low`, `high`
     """How well a score separates normal from adversarial inputs, with intervals.
 
     Too few scores leave an end open: `low` of a TPR is 0 where N < `normals_needed(fpr, level)`,
@@ -170,120 +245,190 @@ def detection_metrics(
     rows = {'AUC': separation_interval(x, y, level, paired)}
     for fpr in (0.01, 0.05):
         ends = tpr_interval(x, y, fpr, level)
-        rows[f'TPR at {100*fpr:g} % FPR'] = (tpr_at_fpr(x, y, fpr), *ends)
+        rows[f'TPR at {100 * fpr:g} % FPR'] = (tpr_at_fpr(x, y, fpr), *ends)
     rows['FPR at 95 % TPR'] = (fpr_at_tpr(x, y), *fpr_interval(x, y, 0.95, level))
     return pd.DataFrame(rows, index=['value', 'low', 'high']).T
 
 # %% ../nbs/05a_reject.ipynb #21195007
 class NamedLayer(nn.Module):
     "Any classifier, with the output of one of its layers, flattened, as the hidden vector."
-    def __init__(self,
-        net:nn.Module, # from images to logits (N, K)
-        layer:str,     # a name of `net.named_modules()`, 'avgpool' for instance
+
+    def __init__(
+        self,
+        net: nn.Module,  # from images to logits (N, K)
+        layer: str,  # a name of `net.named_modules()`, 'avgpool' for instance
     ):
         super().__init__()
         layer = str(layer)
         names = [name for name, _ in net.named_modules(remove_duplicate=False) if name]
         if layer not in names:
             near = ' or '.join(difflib.get_close_matches(layer, names, n=3, cutoff=0.5))
-            hint = f'did you mean {near}?' if near else f"the last are {', '.join(names[-4:])}"
+            hint = (
+                f'did you mean {near}?'
+                if near
+                else f'the last are {", ".join(names[-4:])}'
+            )
             raise InputError(f"{type(net).__name__} has no layer '{layer}': {hint}")
         self.net, self.layer = net, layer
 
-    def hidden_and_logits(self,
-        x:torch.Tensor, # (N, C, H, W)
-    )->tuple:           # what the layer puts out (N, D), and logits (N, K)
+    def hidden_and_logits(
+        self,
+        x: torch.Tensor,  # (N, C, H, W)
+    ) -> tuple:  # what the layer puts out (N, D), and logits (N, K)
         seen = []
-        def keep(module, args, output): seen.append(_flat(output)) # a copy: a later layer may work in place
+
+        def keep(module, args, output):
+            seen.append(_flat(output))  # a copy: a later layer may work in place
+
         hook = self.net.get_submodule(self.layer).register_forward_hook(keep)
-        try: logits = self.net(x)
-        finally: hook.remove()
+        try:
+            logits = self.net(x)
+        finally:
+            hook.remove()
         self._check(x, seen, logits)
         return seen[0], logits
 
-    def _check(self, x, seen, logits): # what came out, one line where it cannot be used
-        if len(seen) != 1: raise InputError(f"layer '{self.layer}' is called {len(seen)} times for a batch: name one that is called once")
-        if seen[0] is None: raise InputError(f"layer '{self.layer}' puts out no tensor: name one that does")
-        if not isinstance(logits, torch.Tensor): raise InputError(f'{type(self.net).__name__} puts out {type(logits).__name__}: logits (N, K) are needed')
-        if torch.compiler.is_exporting(): return
-        if len(seen[0]) != len(x): raise InputError(f"layer '{self.layer}' puts out {len(seen[0])} vectors for {len(x)} images: name another")
+    def _check(
+        self, x, seen, logits
+    ):  # what came out, one line where it cannot be used
+        if len(seen) != 1:
+            raise InputError(
+                f"layer '{self.layer}' is called {len(seen)} times for a batch: name one that is called once"
+            )
+        if seen[0] is None:
+            raise InputError(
+                f"layer '{self.layer}' puts out no tensor: name one that does"
+            )
+        if not isinstance(logits, torch.Tensor):
+            raise InputError(
+                f'{type(self.net).__name__} puts out {type(logits).__name__}: logits (N, K) are needed'
+            )
+        if torch.compiler.is_exporting():
+            return
+        if len(seen[0]) != len(x):
+            raise InputError(
+                f"layer '{self.layer}' puts out {len(seen[0])} vectors for {len(x)} images: name another"
+            )
 
-    def hidden(self, x): return self.hidden_and_logits(x)[0] # (N, C, H, W) → (N, D)
+    def hidden(self, x):
+        return self.hidden_and_logits(x)[0]  # (N, C, H, W) → (N, D)
 
-    def forward(self,
-        x:torch.Tensor, # (N, C, H, W)
-    )->torch.Tensor:    # (N, K) logits
+    def forward(
+        self,
+        x: torch.Tensor,  # (N, C, H, W)
+    ) -> torch.Tensor:  # (N, K) logits
         return self.net(x)
 
-def _flat(output): # a copy of shape (N, D), or None
-    if not isinstance(output, torch.Tensor) or not output.ndim: return None
-    return (output.flatten(1) if output.ndim > 1 else output[:,None]).clone()
+
+def _flat(output):  # a copy of shape (N, D), or None
+    if not isinstance(output, torch.Tensor) or not output.ndim:
+        return None
+    return (output.flatten(1) if output.ndim > 1 else output[:, None]).clone()
 
 # %% ../nbs/05a_reject.ipynb #4fb1eb6f
 class RobustClassifier(nn.Module):
     "A classifier with a reject option: one call from pixels to a class or `NOT_SURE`."
-    def __init__(self,
-        model:nn.Module,        # with `hidden_and_logits`, or any from images to logits where `layer` is named; put in evaluation mode
-        detector:Detector=None, # fitted or not; None for a `KernelDensity`
-        threshold:float=None,   # T, where it is known already
-        layer:str=None,         # the layer whose output, flattened, is the hidden vector, see `NamedLayer`
+
+    def __init__(
+        self,
+        model: nn.Module,  # with `hidden_and_logits`, or any from images to logits where `layer` is named; put in evaluation mode
+        detector: Detector = None,  # fitted or not; None for a `KernelDensity`
+        threshold: float = None,  # T, where it is known already
+        layer: str = None,  # the layer whose output, flattened, is the hidden vector, see `NamedLayer`
     ):
         super().__init__()
-        if layer is not None: model = NamedLayer(model, layer)
+        if layer is not None:
+            model = NamedLayer(model, layer)
         if not hasattr(model, 'hidden_and_logits'):
-            raise InputError(f"{type(model).__name__} has no hidden_and_logits(x): name a layer (layer='avgpool'), wrap it in a `Classifier`, or give it that method")
-        self.model, self.option = model, RejectOption(KernelDensity() if detector is None else detector, threshold=threshold)
+            raise InputError(
+                f"{type(model).__name__} has no hidden_and_logits(x): name a layer (layer='avgpool'), wrap it in a `Classifier`, or give it that method"
+            )
+        self.model, self.option = (
+            model,
+            RejectOption(
+                KernelDensity() if detector is None else detector, threshold=threshold
+            ),
+        )
         self.eval()
 
-    def fit(self,
-        x:torch.Tensor, # (N, C, H, W) training images, pixels in [0, 1]
-        y:torch.Tensor, # (N,) their classes
-        seed:int=0,     # of the detector's draw of training vectors
-    )->'RobustClassifier': # itself
+    def fit(
+        self,
+        x: torch.Tensor,  # (N, C, H, W) training images, pixels in [0, 1]
+        y: torch.Tensor,  # (N,) their classes
+        seed: int = 0,  # of the detector's draw of training vectors
+    ) -> 'RobustClassifier':  # itself
         "Fit the detector on the network's hidden vectors; a threshold of `calibrate` is void."
-        learned = copy.deepcopy(self.option.detector) # what fails, fails on the copy
-        learned.fit(*self._moved(forward_batches(self.model, _image_set(x))[0], _tensor(y)), seed=seed)
-        if not self.option.given: self.option._put(math.nan, self.option.fpr)
+        learned = copy.deepcopy(self.option.detector)  # what fails, fails on the copy
+        learned.fit(
+            *self._moved(forward_batches(self.model, _image_set(x))[0], _tensor(y)),
+            seed=seed,
+        )
+        if not self.option.given:
+            self.option._put(math.nan, self.option.fpr)
         self.option.detector.__dict__.update(learned.__dict__)
         return self
 
-    def calibrate(self,
-        x:torch.Tensor,      # (N, C, H, W) normal images that `fit` has not seen
-        fpr:float=0.05,      # share of normal inputs that may be rejected
-    )->'RobustClassifier':   # itself
+    def calibrate(
+        self,
+        x: torch.Tensor,  # (N, C, H, W) normal images that `fit` has not seen
+        fpr: float = 0.05,  # share of normal inputs that may be rejected
+    ) -> 'RobustClassifier':  # itself
         "Set the threshold, see `threshold_at`."
         self.option.fit(*self._moved(*forward_batches(self.model, _image_set(x))), fpr)
         return self
 
-    def _moved(self, *tensors): return [t.to(self.option.threshold_.device) for t in tensors]
+    def _moved(self, *tensors):
+        return [t.to(self.option.threshold_.device) for t in tensors]
 
-    def _images(self, x): # in the type that the network takes; arrays on its device, too
-        if not isinstance(x, torch.Tensor): x = _tensor(x).to(next((p.device for p in self.model.parameters()), 'cpu'))
+    def _images(
+        self, x
+    ):  # in the type that the network takes; arrays on its device, too
+        if not isinstance(x, torch.Tensor):
+            x = _tensor(x).to(next((p.device for p in self.model.parameters()), 'cpu'))
         kind = weight_type(self.model)
         return x if kind in (None, x.dtype) else x.to(kind)
 
-    def forward(self,
-        x:torch.Tensor, # (N, C, H, W) pixels in [0, 1]
-    )->tuple:           # classes (N,), −1 for NOT SURE; and scores (N,)
+    def forward(
+        self,
+        x: torch.Tensor,  # (N, C, H, W) pixels in [0, 1]
+    ) -> tuple:  # classes (N,), −1 for NOT SURE; and scores (N,)
         x = self._images(x)
         answers, scores = self.option(*self.model.hidden_and_logits(x))
-        fine = x.flatten(1).isfinite().all(1).view(-1, *[1]*(scores.ndim - 1)).to(scores.device)
+        fine = (
+            x.flatten(1)
+            .isfinite()
+            .all(1)
+            .view(-1, *[1] * (scores.ndim - 1))
+            .to(scores.device)
+        )
         return torch.where(fine, answers, NOT_SURE), torch.where(fine, scores, math.nan)
-def _image_set(x): # images that something is learned from, as a tensor
+
+
+def _image_set(x):  # images that something is learned from, as a tensor
     x = _tensor(x)
-    if not len(x): raise InputError('there are no images to learn from')
+    if not len(x):
+        raise InputError('there are no images to learn from')
     bad = len(x) - x.flatten(1).isfinite().all(1).sum().item()
-    if bad: raise InputError(f'{bad} of the {len(x)} images hold NaN or infinity: mend them or leave them out')
+    if bad:
+        raise InputError(
+            f'{bad} of the {len(x)} images hold NaN or infinity: mend them or leave them out'
+        )
     return x
 
 # %% ../nbs/05a_reject.ipynb #962fe719
-_own_format = 'complement_objectives classifier built elsewhere 1' # of a network that is none of `MODELS`
+_own_format = 'complement_objectives classifier built elsewhere 1'  # of a network that is none of `MODELS`
 
-def _json(header): # as JSON will give it back
-    try: return json.loads(json.dumps(header, default=_plain))
-    except (TypeError, ValueError) as e: raise InputError(f'the header cannot be written as JSON: {e}') from None
 
-def _checksum(header, tensors): # over the entries that `header['detector']` says it covers, and over every tensor
+def _json(header):  # as JSON will give it back
+    try:
+        return json.loads(json.dumps(header, default=_plain))
+    except (TypeError, ValueError) as e:
+        raise InputError(f'the header cannot be written as JSON: {e}') from None
+
+
+def _checksum(
+    header, tensors
+):  # over the entries that `header['detector']` says it covers, and over every tensor
     rest = {k: v for k, v in header['detector'].items() if k != 'sha256'}
     covered = {k: header[k] for k in rest['covers']} | dict(detector=rest)
     digest = hashlib.sha256(json.dumps(covered, sort_keys=True).encode())
@@ -293,91 +438,201 @@ def _checksum(header, tensors): # over the entries that `header['detector']` say
         digest.update(t.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
-def _differing(ours, theirs): # names whose tensors are missing on one side or have another shape
-    return sorted(k for k in ours.keys() | theirs.keys() if k not in ours or k not in theirs or ours[k].shape != theirs[k].shape)
 
-def _check_network(network, weights): # are these weights of what `create_model(**network)` makes?
+def _differing(
+    ours, theirs
+):  # names whose tensors are missing on one side or have another shape
+    return sorted(
+        k
+        for k in ours.keys() | theirs.keys()
+        if k not in ours or k not in theirs or ours[k].shape != theirs[k].shape
+    )
+
+
+def _check_network(
+    network, weights
+):  # are these weights of what `create_model(**network)` makes?
     if not isinstance(network, dict) or 'name' not in network:
-        raise InputError(f'network is {network!r}: give the name in `MODELS` and the arguments of create_model as a dict, or None for a network of your own')
+        raise InputError(
+            f'network is {network!r}: give the name in `MODELS` and the arguments of create_model as a dict, or None for a network of your own'
+        )
     try:
-        with torch.device('meta'): fresh = create_model(**network).state_dict()
-    except TypeError as e: raise InputError(f'network is {network}: {e}') from None
+        with torch.device('meta'):
+            fresh = create_model(**network).state_dict()
+    except TypeError as e:
+        raise InputError(f'network is {network}: {e}') from None
     apart = _differing(weights, fresh)
-    if apart: raise InputError(f"network is {network}, and the weights are of another ('{apart[0]}' differs): give what create_model was given")
+    if apart:
+        raise InputError(
+            f"network is {network}, and the weights are of another ('{apart[0]}' differs): give what create_model was given"
+        )
 
 # %% ../nbs/05a_reject.ipynb #8cf10cf6
-_library = {'format', 'network', 'reverse', 'weights_sha256', 'header_sha256', 'versions', 'detector', 'model', 'tensors'} # names that are not the caller's
+_library = {
+    'format',
+    'network',
+    'reverse',
+    'weights_sha256',
+    'header_sha256',
+    'versions',
+    'detector',
+    'model',
+    'tensors',
+}  # names that are not the caller's
+
 
 def save_robust(
-    robust:RobustClassifier, # fitted and calibrated
-    network:dict|None,       # `name` of the network in `MODELS` and the arguments `create_model` was given; None for one of your own
-    folder:str|Path,         # made where it does not exist
-    **info,                  # further entries of the header
-)->Path:                     # the folder
+    robust: RobustClassifier,  # fitted and calibrated
+    network: dict
+    | None,  # `name` of the network in `MODELS` and the arguments `create_model` was given; None for one of your own
+    folder: str | Path,  # made where it does not exist
+    **info,  # further entries of the header
+) -> Path:  # the folder
     "Write network, detector and threshold: `model.safetensors` and `model.json`; `InputError` where `load_robust` could not read them."
-    option, layer = robust.option, getattr(robust.model, 'layer', None) if isinstance(robust.model, NamedLayer) else None
-    model, detector = robust.model if layer is None else robust.model.net, option.detector
+    option, layer = (
+        robust.option,
+        getattr(robust.model, 'layer', None)
+        if isinstance(robust.model, NamedLayer)
+        else None,
+    )
+    model, detector = (
+        robust.model if layer is None else robust.model.net,
+        option.detector,
+    )
     names = [name for name, kind in DETECTORS.items() if kind is type(detector)]
-    if not names: raise InputError(f'{type(detector).__name__} is none of `DETECTORS`: add it there under a name to save it')
-    if taken := sorted(_library & info.keys()): raise InputError(f"'{taken[0]}' is an entry that the library writes: choose another name")
+    if not names:
+        raise InputError(
+            f'{type(detector).__name__} is none of `DETECTORS`: add it there under a name to save it'
+        )
+    if taken := sorted(_library & info.keys()):
+        raise InputError(
+            f"'{taken[0]}' is an entry that the library writes: choose another name"
+        )
     reverse = isinstance(model, ReverseLogits)
-    weights = {k: t.detach().clone() for k, t in (model.model if reverse else model).state_dict().items()}
-    if any(k.startswith('detector.') for k in weights): raise InputError("a layer of the network is called 'detector', as the saved detector is: rename it")
-    if network is not None: _check_network(_json(network), weights)
-    described = dict(name=names[0], settings=detector.settings, fpr=option.fpr, given=option.given, layer=layer)
-    header = _json(dict(info, network=network, reverse=reverse, versions=software_versions(), detector=described))
-    create_detector(names[0], **header['detector']['settings']).load_state_dict(detector.state_dict()) # complains where it cannot
-    tensors = {f'detector.{k}': t.detach().clone() for k, t in [*detector.state_dict().items(), ('threshold_', option.threshold_)]}
+    weights = {
+        k: t.detach().clone()
+        for k, t in (model.model if reverse else model).state_dict().items()
+    }
+    if any(k.startswith('detector.') for k in weights):
+        raise InputError(
+            "a layer of the network is called 'detector', as the saved detector is: rename it"
+        )
+    if network is not None:
+        _check_network(_json(network), weights)
+    described = dict(
+        name=names[0],
+        settings=detector.settings,
+        fpr=option.fpr,
+        given=option.given,
+        layer=layer,
+    )
+    header = _json(
+        dict(
+            info,
+            network=network,
+            reverse=reverse,
+            versions=software_versions(),
+            detector=described,
+        )
+    )
+    create_detector(names[0], **header['detector']['settings']).load_state_dict(
+        detector.state_dict()
+    )  # complains where it cannot
+    tensors = {
+        f'detector.{k}': t.detach().clone()
+        for k, t in [*detector.state_dict().items(), ('threshold_', option.threshold_)]
+    }
     header['detector']['covers'] = sorted(header)
     header['detector']['sha256'] = _checksum(header, weights | tensors)
     if network is not None:
         info = {k: v for k, v in header.items() if k not in ('network', 'reverse')}
-        return save_classifier(model, header['network'], folder, tensors=tensors, **info)
+        return save_classifier(
+            model, header['network'], folder, tensors=tensors, **info
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(weights | tensors, folder/'model.safetensors')
-    save_json(dict(header, format=_own_format), folder/'model.json')
+    save_tensors(weights | tensors, folder / 'model.safetensors')
+    save_json(dict(header, format=_own_format), folder / 'model.json')
     return folder
 
 # %% ../nbs/05a_reject.ipynb #7c179b93
-def _read_robust(folder): # header and tensors, as `save_robust` wrote them
-    path, known = folder/'model.json', (_format, _own_format)
-    if not path.is_file(): raise InputError(f'{folder} holds no trained network: model.json is missing')
+def _read_robust(folder):  # header and tensors, as `save_robust` wrote them
+    path, known = folder / 'model.json', (_format, _own_format)
+    if not path.is_file():
+        raise InputError(f'{folder} holds no trained network: model.json is missing')
     again = 'fit it again and write it with save_robust'
-    try: header = load_json(path)
-    except RecursionError: raise InputError(f'{path} does not describe a network of this library') from None
-    if not isinstance(header, dict) or header.get('format') not in known: raise InputError(f'{path} does not describe a network of this library')
+    try:
+        header = load_json(path)
+    except RecursionError:
+        raise InputError(
+            f'{path} does not describe a network of this library'
+        ) from None
+    if not isinstance(header, dict) or header.get('format') not in known:
+        raise InputError(f'{path} does not describe a network of this library')
     detector = header.get('detector')
-    if not isinstance(detector, dict): raise InputError(f'{folder} holds a network without a detector: fit one and write it with save_robust')
+    if not isinstance(detector, dict):
+        raise InputError(
+            f'{folder} holds a network without a detector: fit one and write it with save_robust'
+        )
     covers = detector.get('covers')
-    needed = {'network', 'reverse', 'detector'} | ({'weights_sha256'} if header['format'] == _format else set())
-    if not isinstance(covers, list) or not needed | set(map(str, covers)) <= header.keys() or 'reverse' not in covers:
-        raise InputError(f'{path} is damaged, or from before there was a checksum over it: {again}')
-    tensors = load_tensors(folder/'model.safetensors')
-    if detector.get('sha256') != _checksum(header, tensors): raise InputError(f'{folder}: model.json or model.safetensors was changed after it was written: {again}')
+    needed = {'network', 'reverse', 'detector'} | (
+        {'weights_sha256'} if header['format'] == _format else set()
+    )
+    if (
+        not isinstance(covers, list)
+        or not needed | set(map(str, covers)) <= header.keys()
+        or 'reverse' not in covers
+    ):
+        raise InputError(
+            f'{path} is damaged, or from before there was a checksum over it: {again}'
+        )
+    tensors = load_tensors(folder / 'model.safetensors')
+    if detector.get('sha256') != _checksum(header, tensors):
+        raise InputError(
+            f'{folder}: model.json or model.safetensors was changed after it was written: {again}'
+        )
     return header, tensors
 
-def _filled(model, weights, reverse): # the given network with the saved weights, in their types
+
+def _filled(
+    model, weights, reverse
+):  # the given network with the saved weights, in their types
     inner = model.model if isinstance(model, ReverseLogits) and reverse else model
     apart = _differing(weights, inner.state_dict())
-    if apart: raise InputError(f"the saved weights do not fit {type(inner).__name__} ('{apart[0]}' differs): build it as it was when it was saved")
+    if apart:
+        raise InputError(
+            f"the saved weights do not fit {type(inner).__name__} ('{apart[0]}' differs): build it as it was when it was saved"
+        )
     inner.load_state_dict(weights, assign=True)
     return ReverseLogits(inner) if reverse else inner
 
+
 def load_robust(
-    folder:str|Path,      # of `save_robust`
-    device='cpu',         # where everything goes
-    model:nn.Module=None, # a network of your own, to be filled with the saved weights; None for one of `MODELS`
-)->tuple:                 # a `RobustClassifier`, and the header
+    folder: str | Path,  # of `save_robust`
+    device='cpu',  # where everything goes
+    model: nn.Module = None,  # a network of your own, to be filled with the saved weights; None for one of `MODELS`
+) -> tuple:  # a `RobustClassifier`, and the header
     "The classifier as it was saved, every tensor bit by bit."
     folder = Path(folder)
     header, tensors = _read_robust(folder)
     detector, reverse = header['detector'], header['reverse']
-    if model is None and header['format'] == _own_format: raise InputError(f'{folder} holds a network that is none of `MODELS`: build it and give it as model=')
-    if model is None: model = load_classifier(folder)[0]
+    if model is None and header['format'] == _own_format:
+        raise InputError(
+            f'{folder} holds a network that is none of `MODELS`: build it and give it as model='
+        )
+    if model is None:
+        model = load_classifier(folder)[0]
     weights = {k: t for k, t in tensors.items() if not k.startswith('detector.')}
-    robust = RobustClassifier(_filled(model, weights, reverse), create_detector(detector['name'], **detector['settings']), layer=detector['layer'])
-    learned = {k.removeprefix('detector.'): t for k, t in tensors.items() if k.startswith('detector.')}
+    robust = RobustClassifier(
+        _filled(model, weights, reverse),
+        create_detector(detector['name'], **detector['settings']),
+        layer=detector['layer'],
+    )
+    learned = {
+        k.removeprefix('detector.'): t
+        for k, t in tensors.items()
+        if k.startswith('detector.')
+    }
     robust.option.threshold_ = learned.pop('threshold_')
     robust.option.detector.load_state_dict(learned)
     robust.option.fpr, robust.option.given = detector['fpr'], detector['given']
@@ -385,10 +640,19 @@ def load_robust(
 
 # %% ../nbs/05a_reject.ipynb #afa527aa
 def export_robust(
-    robust:RobustClassifier, # fitted and calibrated
-    x:torch.Tensor,          # (N, C, H, W) two or more example images; only shape, type and device count
-)->torch.export.ExportedProgram: # from images, any number of them, to classes and scores
+    robust: RobustClassifier,  # fitted and calibrated
+    x: torch.Tensor,  # (N, C, H, W) two or more example images; only shape, type and device count
+) -> (
+    torch.export.ExportedProgram
+):  # from images, any number of them, to classes and scores
     "The classifier as a graph for `torch.export.save`."
-    if len(x) < 2: raise InputError('give two or more example images: with one, torch.export takes the batch size for fixed')
-    with torch.no_grad(): robust(x) # complains where something is missing
-    with torch.no_grad(): return torch.export.export(robust, (x,), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    if len(x) < 2:
+        raise InputError(
+            'give two or more example images: with one, torch.export takes the batch size for fixed'
+        )
+    with torch.no_grad():
+        robust(x)  # complains where something is missing
+    with torch.no_grad():
+        return torch.export.export(
+            robust, (x,), dynamic_shapes=({0: torch.export.Dim('batch')},)
+        )

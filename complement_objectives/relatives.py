@@ -15,198 +15,270 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/01a_relatives.ipynb #1ed7a3a2
-from .losses import (_check_number, _ComplementLoss, _loss, _low, _mask, _n_classes, _sizes,
-    complement_entropy_loss, smoothed_cross_entropy)
+from complement_objectives.losses import (
+    _check_number,
+    _ComplementLoss,
+    _loss,
+    _low,
+    _mask,
+    _n_classes,
+    _sizes,
+    complement_entropy_loss,
+    smoothed_cross_entropy,
+)
 
 # %% ../nbs/01a_relatives.ipynb #5bf4eb5f
 def _published_rows(
-    z:Tensor,          # (M, K) logits
-    t:Tensor,          # (M,) true classes
-    eps:float=1e-7,    # added to 1 - p_g
-    logeps:float=1e-10 # added inside the logarithm
-)->tuple:              # (M,) sum of q*log q over wrong classes, (M,) p_g
+    z: Tensor,  # (M, K) logits
+    t: Tensor,  # (M,) true classes
+    eps: float = 1e-7,  # added to 1 - p_g
+    logeps: float = 1e-10,  # added inside the logarithm
+) -> tuple:  # (M,) sum of q*log q over wrong classes, (M,) p_g
     "Minus the complement entropy in probabilities, softened by two epsilons."
     p = z.softmax(1)
-    pg = p.gather(1, t[:,None])
-    q = p/(1-pg+eps)
-    return (q*(q+logeps).log()).scatter(1, t[:,None], 0.).sum(1), pg.squeeze(1)
+    pg = p.gather(1, t[:, None])
+    q = p / (1 - pg + eps)
+    return (q * (q + logeps).log()).scatter(1, t[:, None], 0.0).sum(1), pg.squeeze(1)
 
 # %% ../nbs/01a_relatives.ipynb #c9d593fb
 def published_complement_entropy_loss(
-    logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
-    weight:Tensor=None,    # (K,) weight of each class
-    ignore_index:int=-100, # targets that count for nothing
-    reduction:str='mean',  # 'none', 'mean' or 'sum'
-    eps:float=1e-7,        # added to 1 - p_g
-)->Tensor:                 # loss, close to -H/K for small logits
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
+    weight: Tensor = None,  # (K,) weight of each class
+    ignore_index: int = -100,  # targets that count for nothing
+    reduction: str = 'mean',  # 'none', 'mean' or 'sum'
+    eps: float = 1e-7,  # added to 1 - p_g
+) -> Tensor:  # loss, close to -H/K for small logits
     "COT's complement loss as its authors' code computes it, epsilons, division by K and all. For comparisons only."
     k = _n_classes(logits)
-    def plain(z, t): return _published_rows(z, t, eps)[0]/k
-    return _loss(logits, target, plain, None, 1., weight, ignore_index, reduction)
+
+    def plain(z, t):
+        return _published_rows(z, t, eps)[0] / k
+
+    return _loss(logits, target, plain, None, 1.0, weight, ignore_index, reduction)
 
 # %% ../nbs/01a_relatives.ipynb #abe1c214
 def published_guided_complement_entropy(
-    logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
-    alpha:float=0.333,     # exponent of the guiding factor, > 0; the code's default is not quite 1/3
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
+    alpha: float = 0.333,  # exponent of the guiding factor, > 0; the code's default is not quite 1/3
     *,
-    weight:Tensor=None,    # (K,) weight of each class
-    ignore_index:int=-100, # targets that count for nothing
-    reduction:str='mean',  # 'none', 'mean' or 'sum'
-    eps:float=1e-7,        # added to 1 - p_g and to p_g
-)->Tensor:                 # loss
+    weight: Tensor = None,  # (K,) weight of each class
+    ignore_index: int = -100,  # targets that count for nothing
+    reduction: str = 'mean',  # 'none', 'mean' or 'sum'
+    eps: float = 1e-7,  # added to 1 - p_g and to p_g
+) -> Tensor:  # loss
     "GCE as its authors' code computes it, epsilons, division by log K and all. For comparisons only."
     _check_number('alpha', alpha)
-    if not 0<alpha<math.inf: raise ValueError(f"alpha must be finite and greater than 0, got {alpha}")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f'alpha must be finite and greater than 0, got {alpha}')
     k = _n_classes(logits)
+
     def plain(z, t):
-        s,pg = _published_rows(z, t, eps)
-        return (pg+eps)**alpha*s/math.log(k)
-    return _loss(logits, target, plain, None, 1., weight, ignore_index, reduction)
+        s, pg = _published_rows(z, t, eps)
+        return (pg + eps) ** alpha * s / math.log(k)
+
+    return _loss(logits, target, plain, None, 1.0, weight, ignore_index, reduction)
 
 # %% ../nbs/01a_relatives.ipynb #ab0dfd26
 def complement_cross_entropy(
-    logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
-    gamma:float=-1.,       # factor of the complement entropy over K-1, below 0
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
+    gamma: float = -1.0,  # factor of the complement entropy over K-1, below 0
     *,
-    weight:Tensor=None,    # (K,) weight of each class
-    ignore_index:int=-100, # targets that count for nothing
-    reduction:str='mean',  # 'none', 'mean' or 'sum'
-)->Tensor:                 # loss
+    weight: Tensor = None,  # (K,) weight of each class
+    ignore_index: int = -100,  # targets that count for nothing
+    reduction: str = 'mean',  # 'none', 'mean' or 'sum'
+) -> Tensor:  # loss
     "Cross-entropy plus gamma/(K-1) times the complement entropy (CCE)."
     _check_number('gamma', gamma)
-    if not -math.inf<gamma<0: raise ValueError(f"gamma must be finite and below 0, or complement entropy would be lowered; got {gamma}")
+    if not -math.inf < gamma < 0:
+        raise ValueError(
+            f'gamma must be finite and below 0, or complement entropy would be lowered; got {gamma}'
+        )
     kw = dict(weight=weight, ignore_index=ignore_index, reduction=reduction)
-    loss = smoothed_cross_entropy(logits, target, 0., **kw)
+    loss = smoothed_cross_entropy(logits, target, 0.0, **kw)
     return loss.sub(complement_entropy_loss(logits, target, **kw), alpha=gamma)
 
 # %% ../nbs/01a_relatives.ipynb #e7dca261
 def _entropy_over(
-    z:Tensor,    # (M, K) logits
-    keep:Tensor, # (M, K) which classes take part
-)->Tensor:       # (M,) entropy in nats, 0 where no class takes part
+    z: Tensor,  # (M, K) logits
+    keep: Tensor,  # (M, K) which classes take part
+) -> Tensor:  # (M,) entropy in nats, 0 where no class takes part
     "Entropy of the softmax over some of the classes."
     low = _low(z.dtype)
-    logq = z.clamp(min=2*low).masked_fill(~keep, low).log_softmax(1)
-    return -(logq.exp()*logq.masked_fill(~keep, 0)).sum(1)
+    logq = z.clamp(min=2 * low).masked_fill(~keep, low).log_softmax(1)
+    return -(logq.exp() * logq.masked_fill(~keep, 0)).sum(1)
 
 # %% ../nbs/01a_relatives.ipynb #4c08dd42
 def _group_indices(
-    groups,      # (K,) coarse class of each fine class
-    device=None, # to put them on
-)->Tensor:       # (K,) integers
+    groups,  # (K,) coarse class of each fine class
+    device=None,  # to put them on
+) -> Tensor:  # (K,) integers
     "Refuse what is no list of classes, such as class weights by position, where `F.cross_entropy` takes them."
-    groups = groups.to(device) if isinstance(groups, Tensor) else torch.tensor(groups, device=device)
-    if groups.is_floating_point(): raise ValueError("groups must be integers, the coarse class of each class; class weights go by keyword, weight=…")
+    groups = (
+        groups.to(device)
+        if isinstance(groups, Tensor)
+        else torch.tensor(groups, device=device)
+    )
+    if groups.is_floating_point():
+        raise ValueError(
+            'groups must be integers, the coarse class of each class; class weights go by keyword, weight=…'
+        )
     return groups
 
+
 def hierarchical_complement_entropy_loss(
-    logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
-    groups:Tensor,         # (K,) coarse class of each fine class
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
+    groups: Tensor,  # (K,) coarse class of each fine class
     *,
-    normalize:bool=True,   # divide each entropy by the number of its classes?
-    weight:Tensor=None,    # (K,) weight of each class
-    ignore_index:int=-100, # targets that count for nothing
-    reduction:str='mean',  # 'none', 'mean' or 'sum'
-)->Tensor:                 # loss, at most 0
+    normalize: bool = True,  # divide each entropy by the number of its classes?
+    weight: Tensor = None,  # (K,) weight of each class
+    ignore_index: int = -100,  # targets that count for nothing
+    reduction: str = 'mean',  # 'none', 'mean' or 'sum'
+) -> Tensor:  # loss, at most 0
     "Minus the entropies of the siblings and of the classes outside the group (HCOT)."
-    groups,k = _group_indices(groups, logits.device),_n_classes(logits)
-    if logits.ndim>1 and tuple(_sizes(groups))!=(k,): raise ValueError(f"groups must hold the coarse class of each of the {k} classes, got shape {tuple(groups.shape)}")
+    groups, k = _group_indices(groups, logits.device), _n_classes(logits)
+    if logits.ndim > 1 and tuple(_sizes(groups)) != (k,):
+        raise ValueError(
+            f'groups must hold the coarse class of each of the {k} classes, got shape {tuple(groups.shape)}'
+        )
+
     def plain(z, t):
-        same = groups==groups.gather(0, t)[:,None]
-        siblings = same & (torch.arange(z.shape[1], device=z.device)!=t[:,None])
-        return -sum(_entropy_over(z, m)/(m.sum(1).clamp(min=1) if normalize else 1) for m in (siblings, ~same))
-    return _loss(logits, target, plain, None, 1., weight, ignore_index, reduction)
+        same = groups == groups.gather(0, t)[:, None]
+        siblings = same & (torch.arange(z.shape[1], device=z.device) != t[:, None])
+        return -sum(
+            _entropy_over(z, m) / (m.sum(1).clamp(min=1) if normalize else 1)
+            for m in (siblings, ~same)
+        )
+
+    return _loss(logits, target, plain, None, 1.0, weight, ignore_index, reduction)
 
 # %% ../nbs/01a_relatives.ipynb #d3b7dfbe
 def probabilistically_compact_loss(
-    logits:Tensor,         # (N, K) or (N, K, d1, …) unnormalised scores
-    target:Tensor,         # (N,), (N, 1) or (N, d1, …) class indices
-    xi:float=0.995,        # probability gap asked for, in (0, 1]
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
+    xi: float = 0.995,  # probability gap asked for, in (0, 1]
     *,
-    lam:float=0.,          # weight of the logit constraint, at least 0
-    weight:Tensor=None,    # (K,) weight of each class
-    ignore_index:int=-100, # targets that count for nothing
-    reduction:str='mean',  # 'none', 'mean' or 'sum'
-)->Tensor:                 # loss, at least 0
+    lam: float = 0.0,  # weight of the logit constraint, at least 0
+    weight: Tensor = None,  # (K,) weight of each class
+    ignore_index: int = -100,  # targets that count for nothing
+    reduction: str = 'mean',  # 'none', 'mean' or 'sum'
+) -> Tensor:  # loss, at least 0
     "Hinge on probability gaps plus `lam` times the likely logit gap (PC loss with logit constraints)."
-    _check_number('xi', xi); _check_number('lam', lam)
-    if not (0<xi<=1 and 0<=lam<math.inf): raise ValueError(f"xi must lie in (0, 1] and lam be at least 0, got xi={xi}, lam={lam}")
+    _check_number('xi', xi)
+    _check_number('lam', lam)
+    if not (0 < xi <= 1 and 0 <= lam < math.inf):
+        raise ValueError(
+            f'xi must lie in (0, 1] and lam be at least 0, got xi={xi}, lam={lam}'
+        )
+
     def plain(z, t):
-        p,(d,g) = z.softmax(1),_mask(z, t)
-        hinge = (xi-(p.gather(1, t[:,None])-p)).relu().masked_fill(g, 0).sum(1)/(z.shape[1]-1)
-        return hinge + lam*(d.softmax(1)*(z.gather(1, t[:,None])-d).relu().masked_fill(g, 0)).sum(1)
-    return _loss(logits, target, plain, None, 1., weight, ignore_index, reduction)
+        p, (d, g) = z.softmax(1), _mask(z, t)
+        hinge = (xi - (p.gather(1, t[:, None]) - p)).relu().masked_fill(g, 0).sum(1) / (
+            z.shape[1] - 1
+        )
+        return hinge + lam * (
+            d.softmax(1) * (z.gather(1, t[:, None]) - d).relu().masked_fill(g, 0)
+        ).sum(1)
+
+    return _loss(logits, target, plain, None, 1.0, weight, ignore_index, reduction)
 
 # %% ../nbs/01a_relatives.ipynb #228c5fa7
 class PublishedComplementEntropyLoss(_ComplementLoss):
     "Module form of `published_complement_entropy_loss`. For comparisons only."
-    def forward(self, logits, target): return published_complement_entropy_loss(logits, target, **self._args())
+
+    def forward(self, logits, target):
+        return published_complement_entropy_loss(logits, target, **self._args())
+
 
 class PublishedGuidedComplementEntropyLoss(_ComplementLoss):
     "Module form of `published_guided_complement_entropy`. For comparisons only."
-    def __init__(self,
-        alpha:float=0.333,     # exponent of the guiding factor, > 0
+
+    def __init__(
+        self,
+        alpha: float = 0.333,  # exponent of the guiding factor, > 0
         *,
-        weight:Tensor=None,    # (K,) weight of each class
-        ignore_index:int=-100, # targets that count for nothing
-        reduction:str='mean',  # 'none', 'mean' or 'sum'
+        weight: Tensor = None,  # (K,) weight of each class
+        ignore_index: int = -100,  # targets that count for nothing
+        reduction: str = 'mean',  # 'none', 'mean' or 'sum'
     ):
         super().__init__(weight, ignore_index, reduction)
         _check_number('alpha', alpha)
         self.alpha = alpha
-    def forward(self, logits, target): return published_guided_complement_entropy(logits, target, **self._args())
-    def _args(self): return dict(alpha=self.alpha, **super()._args())
+
+    def forward(self, logits, target):
+        return published_guided_complement_entropy(logits, target, **self._args())
+
+    def _args(self):
+        return dict(alpha=self.alpha, **super()._args())
 
 # %% ../nbs/01a_relatives.ipynb #9b4e5048
 class ComplementCrossEntropyLoss(_ComplementLoss):
     "Module form of `complement_cross_entropy`."
-    def __init__(self,
-        gamma:float=-1.,       # factor of the complement entropy over K-1, below 0
+
+    def __init__(
+        self,
+        gamma: float = -1.0,  # factor of the complement entropy over K-1, below 0
         *,
-        weight:Tensor=None,    # (K,) weight of each class
-        ignore_index:int=-100, # targets that count for nothing
-        reduction:str='mean',  # 'none', 'mean' or 'sum'
+        weight: Tensor = None,  # (K,) weight of each class
+        ignore_index: int = -100,  # targets that count for nothing
+        reduction: str = 'mean',  # 'none', 'mean' or 'sum'
     ):
         super().__init__(weight, ignore_index, reduction)
         _check_number('gamma', gamma)
         self.gamma = gamma
-    def forward(self, logits, target): return complement_cross_entropy(logits, target, **self._args())
-    def _args(self): return dict(gamma=self.gamma, **super()._args())
+
+    def forward(self, logits, target):
+        return complement_cross_entropy(logits, target, **self._args())
+
+    def _args(self):
+        return dict(gamma=self.gamma, **super()._args())
 
 # %% ../nbs/01a_relatives.ipynb #142c0e89
 class HierarchicalComplementEntropyLoss(_ComplementLoss):
     "Module form of `hierarchical_complement_entropy_loss`."
-    def __init__(self,
-        groups:Tensor,         # (K,) coarse class of each fine class
+
+    def __init__(
+        self,
+        groups: Tensor,  # (K,) coarse class of each fine class
         *,
-        normalize:bool=True,   # divide each entropy by the number of its classes?
-        weight:Tensor=None,    # (K,) weight of each class
-        ignore_index:int=-100, # targets that count for nothing
-        reduction:str='mean',  # 'none', 'mean' or 'sum'
+        normalize: bool = True,  # divide each entropy by the number of its classes?
+        weight: Tensor = None,  # (K,) weight of each class
+        ignore_index: int = -100,  # targets that count for nothing
+        reduction: str = 'mean',  # 'none', 'mean' or 'sum'
     ):
         super().__init__(weight, ignore_index, reduction)
         self.register_buffer('groups', _group_indices(groups))
         self.normalize = normalize
-    def forward(self, logits, target): return hierarchical_complement_entropy_loss(logits, target, **self._args())
-    def _args(self): return dict(groups=self.groups, normalize=self.normalize, **super()._args())
+
+    def forward(self, logits, target):
+        return hierarchical_complement_entropy_loss(logits, target, **self._args())
+
+    def _args(self):
+        return dict(groups=self.groups, normalize=self.normalize, **super()._args())
 
 # %% ../nbs/01a_relatives.ipynb #dcaa1fe0
 class ProbabilisticallyCompactLoss(_ComplementLoss):
     "Module form of `probabilistically_compact_loss`."
-    def __init__(self,
-        xi:float=0.995,        # probability gap asked for, in (0, 1]
+
+    def __init__(
+        self,
+        xi: float = 0.995,  # probability gap asked for, in (0, 1]
         *,
-        lam:float=0.,          # weight of the logit constraint, at least 0
-        weight:Tensor=None,    # (K,) weight of each class
-        ignore_index:int=-100, # targets that count for nothing
-        reduction:str='mean',  # 'none', 'mean' or 'sum'
+        lam: float = 0.0,  # weight of the logit constraint, at least 0
+        weight: Tensor = None,  # (K,) weight of each class
+        ignore_index: int = -100,  # targets that count for nothing
+        reduction: str = 'mean',  # 'none', 'mean' or 'sum'
     ):
         super().__init__(weight, ignore_index, reduction)
-        _check_number('xi', xi); _check_number('lam', lam)
-        self.xi,self.lam = xi,lam
-    def forward(self, logits, target): return probabilistically_compact_loss(logits, target, **self._args())
-    def _args(self): return dict(xi=self.xi, lam=self.lam, **super()._args())
+        _check_number('xi', xi)
+        _check_number('lam', lam)
+        self.xi, self.lam = xi, lam
+
+    def forward(self, logits, target):
+        return probabilistically_compact_loss(logits, target, **self._args())
+
+    def _args(self):
+        return dict(xi=self.xi, lam=self.lam, **super()._args())

@@ -10,70 +10,99 @@ import base64
 from pathlib import Path
 
 import pandas as pd
-from fastcore.xml import H1, H2, Body, Figcaption, Figure, Head, Html, Img, Meta, P, Safe, Section, Style, Title, to_xml
+from fastcore.xml import (
+    H1,
+    H2,
+    Body,
+    Figcaption,
+    Figure,
+    Head,
+    Html,
+    Img,
+    Meta,
+    P,
+    Safe,
+    Section,
+    Style,
+    Title,
+    to_xml,
+)
 
 from .core import atomic_write
 
 # %% ../nbs/09_report.ipynb #113c6606
 def listed(
     names,  # texts
-)->str:     # 'a', 'a and b', 'a, b and c'; '' for none
+) -> str:  # 'a', 'a and b', 'a, b and c'; '' for none
     "Names as they stand in a sentence."
     *most, last = [*map(str, names)] or ['']
-    return f"{', '.join(most)} and {last}" if most else last
+    return f'{", ".join(most)} and {last}' if most else last
 
 # %% ../nbs/09_report.ipynb #fab20a31
 def picture(
-    path:str|Path, # a PNG file
-    caption:str,   # what it shows
-):                 # a `<figure>`, with the file embedded
+    path: str | Path,  # a PNG file
+    caption: str,  # what it shows
+):  # a `<figure>`, with the file embedded
     "A picture that needs no file beside it."
     data = base64.b64encode(Path(path).read_bytes()).decode()
-    return Figure(Img(src=f'data:image/png;base64,{data}', alt=caption), Figcaption(caption))
+    return Figure(
+        Img(src=f'data:image/png;base64,{data}', alt=caption), Figcaption(caption)
+    )
 
 # %% ../nbs/09_report.ipynb #821e4841
 def table(
-    frame:pd.DataFrame, # what to show
-):                      # a `<table>`
+    frame: pd.DataFrame,  # what to show
+):  # a `<table>`
     "A data frame as an HTML table; its cells are escaped."
     return Safe(frame.to_html(border=0, justify='left', na_rep='–'))
 
 # %% ../nbs/09_report.ipynb #ba8db325
 def render(
-    piece, # text, a data frame, or a pair (path of a PNG, caption)
-):         # HTML
+    piece,  # text, a data frame, or a pair (path of a PNG, caption)
+):  # HTML
     "One piece of a report."
-    if isinstance(piece, pd.DataFrame): return table(piece)
-    if isinstance(piece, tuple): return picture(*piece)
+    if isinstance(piece, pd.DataFrame):
+        return table(piece)
+    if isinstance(piece, tuple):
+        return picture(*piece)
     return P(piece)
 
 # %% ../nbs/09_report.ipynb #e09c62f8
-_style = '''
+_style = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
 section { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: .25rem .8rem; border-bottom: 1px solid #e5e5e5; text-align: left; white-space: nowrap; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; } figcaption { color: #555; font-size: .92rem; }
-'''
+"""
 
 # %% ../nbs/09_report.ipynb #2f8798ab
 def html_report(
-    title:str,     # of the page
-    sections:dict, # heading → list of pieces, see `render`
-)->str:            # a whole HTML document
+    title: str,  # of the page
+    sections: dict,  # heading → list of pieces, see `render`
+) -> str:  # a whole HTML document
     "Title and sections as one self-contained page."
-    parts = [Section(H2(heading), *map(render, pieces)) for heading, pieces in sections.items()]
-    head = Head(Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width, initial-scale=1'), Title(title), Style(_style))
+    parts = [
+        Section(H2(heading), *map(render, pieces))
+        for heading, pieces in sections.items()
+    ]
+    head = Head(
+        Meta(charset='utf-8'),
+        Meta(name='viewport', content='width=device-width, initial-scale=1'),
+        Title(title),
+        Style(_style),
+    )
     return '<!doctype html>\n' + to_xml(Html(head, Body(H1(title), *parts), lang='en'))
 
 # %% ../nbs/09_report.ipynb #18c72528
 def write_report(
-    path:str|Path, # the HTML file
-    title:str,     # of the page
-    sections:dict, # heading → list of pieces, see `render`
-)->Path:           # `path`
+    path: str | Path,  # the HTML file
+    title: str,  # of the page
+    sections: dict,  # heading → list of pieces, see `render`
+) -> Path:  # `path`
     "Write `html_report` in one step."
     path, page = Path(path), html_report(title, sections)
-    with atomic_write(path) as temporary: temporary.write_text(page, encoding='utf-8')
+    with atomic_write(path) as temporary:
+        temporary.write_text(page, encoding='utf-8')
     return path

@@ -19,14 +19,45 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .attacks import ATTACKS, attack, attack_settings, check_eps, radii
-from .checkpoints import differences, load_tensors, read_tensors, save_tensors
-from .core import (
-    NUMBER, InputError, RunFailed, atomic_write, check_count, choose, derive_seed, load_json, save_json, seed_everything, software_versions)
+from complement_objectives.attacks import (
+    ATTACKS,
+    attack,
+    attack_settings,
+    check_eps,
+    radii,
+)
+from complement_objectives.checkpoints import (
+    differences,
+    load_tensors,
+    read_tensors,
+    save_tensors,
+)
+from complement_objectives.core import (
+    NUMBER,
+    InputError,
+    RunFailed,
+    atomic_write,
+    check_count,
+    choose,
+    derive_seed,
+    load_json,
+    save_json,
+    seed_everything,
+    software_versions,
+)
 from .data import DATASETS, ImageData, load_data
 from .detection import KernelDensity
-from .evaluation import (
-    SCORES, accuracy, chosen_pairs, detection_auc, detection_scores, distortion, fit_density, worst_case, zero_gradient_share)
+from complement_objectives.evaluation import (
+    SCORES,
+    accuracy,
+    chosen_pairs,
+    detection_auc,
+    detection_scores,
+    distortion,
+    fit_density,
+    worst_case,
+    zero_gradient_share,
+)
 from .models import ReverseLogits, create_model, forward_batches
 from .recipes import RECIPES, check_learned, forget_failed
 from .training import OBJECTIVES, check_objective, train_classifier
@@ -35,25 +66,40 @@ from .training import OBJECTIVES, check_objective, train_classifier
 @dataclass(frozen=True)
 class Exposure:
     "How a data set's networks are attacked when nothing else is asked for."
-    eps:tuple         # L∞ radii, in units of the pixel range
-    attack_images:int # how many test images are attacked, at most
+
+    eps: tuple  # L∞ radii, in units of the pixel range
+    attack_images: int  # how many test images are attacked, at most
+
 
 EXPOSURES = {
-    'digits': Exposure((0.1, 0.2, 0.3), 450), 'mnist': Exposure((0.1, 0.2, 0.3), 2000),
-    'fashion-mnist': Exposure((0.1, 0.2, 0.3), 2000), 'cifar10': Exposure((0.04, 0.12, 0.2), 1000)}
+    'digits': Exposure((0.1, 0.2, 0.3), 450),
+    'mnist': Exposure((0.1, 0.2, 0.3), 2000),
+    'fashion-mnist': Exposure((0.1, 0.2, 0.3), 2000),
+    'cifar10': Exposure((0.04, 0.12, 0.2), 1000),
+}
 
 # %% ../nbs/10_runs.ipynb #e175a208
 def given_radii(
-    eps,     # L∞ radii: a number, several, or a tensor or array of them
-)->tuple:    # floats in [0, 1], ascending, each once
+    eps,  # L∞ radii: a number, several, or a tensor or array of them
+) -> tuple:  # floats in [0, 1], ascending, each once
     "Check the radii and put them in order."
-    if isinstance(eps, (torch.Tensor, np.ndarray)): eps = torch.as_tensor(eps).reshape(-1).tolist()
-    if isinstance(eps, (str, Real)): eps = (eps,)
-    return tuple(sorted({check_eps(e.item() if isinstance(e, (torch.Tensor, np.ndarray)) else e) for e in eps}))
+    if isinstance(eps, (torch.Tensor, np.ndarray)):
+        eps = torch.as_tensor(eps).reshape(-1).tolist()
+    if isinstance(eps, (str, Real)):
+        eps = (eps,)
+    return tuple(
+        sorted(
+            {
+                check_eps(e.item() if isinstance(e, (torch.Tensor, np.ndarray)) else e)
+                for e in eps
+            }
+        )
+    )
+
 
 def several(
-    names, # one name, or several
-)->tuple:  # of names, each once
+    names,  # one name, or several
+) -> tuple:  # of names, each once
     "A single name is a list of one."
     return (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
 
@@ -61,304 +107,515 @@ def several(
 @dataclass(frozen=True)
 class StudyConfig:
     "All that decides the numbers of a study; two studies with equal configurations and versions give equal results."
-    dataset:str       # a key of `DATASETS`
-    objectives:tuple  # keys of `OBJECTIVES`
-    alpha:float       # exponent of GCE's guiding factor, > 0
-    attacks:tuple     # keys of `ATTACKS`
-    eps:tuple         # L∞ radii in [0, 1], ascending
-    seeds:int         # how many runs of each objective; they get the seeds 0, 1, …
-    epochs:int        # passes over the training images
-    attack_images:int # how many test images are attacked, at most
-    batch_size:int    # images an update
-    lr:float          # learning rate
-    model:str         # a key of `MODELS`
+
+    dataset: str  # a key of `DATASETS`
+    objectives: tuple  # keys of `OBJECTIVES`
+    alpha: float  # exponent of GCE's guiding factor, > 0
+    attacks: tuple  # keys of `ATTACKS`
+    eps: tuple  # L∞ radii in [0, 1], ascending
+    seeds: int  # how many runs of each objective; they get the seeds 0, 1, …
+    epochs: int  # passes over the training images
+    attack_images: int  # how many test images are attacked, at most
+    batch_size: int  # images an update
+    lr: float  # learning rate
+    model: str  # a key of `MODELS`
 
     @classmethod
-    def create(cls,
-        dataset:str='digits',                    # a key of `DATASETS`
+    def create(
+        cls,
+        dataset: str = 'digits',  # a key of `DATASETS`
         objectives=('xe', 'cot', 'gce', 'rce'),  # keys of `OBJECTIVES`
-        alpha:float=1/3,                         # exponent of GCE's guiding factor, > 0
-        attacks=('fgsm', 'bim', 'pgd'),          # keys of `ATTACKS`
-        eps=None,                                # L∞ radii in [0, 1]; None for those of `EXPOSURES`
-        seeds:int=2,                             # how many seeds, at least 1
-        epochs:int|None=None,                    # at least 1; None for the recipe's
-        attack_images:int|None=None,             # at least 1; None for that of `EXPOSURES`
-    )->'StudyConfig':                            # complete and checked
+        alpha: float = 1 / 3,  # exponent of GCE's guiding factor, > 0
+        attacks=('fgsm', 'bim', 'pgd'),  # keys of `ATTACKS`
+        eps=None,  # L∞ radii in [0, 1]; None for those of `EXPOSURES`
+        seeds: int = 2,  # how many seeds, at least 1
+        epochs: int | None = None,  # at least 1; None for the recipe's
+        attack_images: int | None = None,  # at least 1; None for that of `EXPOSURES`
+    ) -> 'StudyConfig':  # complete and checked
         "Fill in the data set's recipe; `InputError` for anything that cannot be studied."
         choose(dataset, DATASETS, 'dataset')
         recipe, exposure = RECIPES[dataset], EXPOSURES[dataset]
         objectives, attacks = several(objectives), several(attacks)
-        for name in objectives: check_objective(name, 10, alpha)
-        for name in attacks: choose(name, ATTACKS, 'attack')
+        for name in objectives:
+            check_objective(name, 10, alpha)
+        for name in attacks:
+            choose(name, ATTACKS, 'attack')
         eps = given_radii(exposure.eps if eps is None else eps)
         epochs = recipe.epochs if epochs is None else epochs
-        attack_images = exposure.attack_images if attack_images is None else attack_images
-        counts = {'objectives': len(objectives), 'attacks': len(attacks), 'eps': len(eps),
-                  'seeds': seeds, 'epochs': epochs, 'attack images': attack_images}
-        for what, n in counts.items(): check_count(n, f'the number of {what}')
-        return cls(dataset, objectives, float(alpha), attacks, eps, seeds, epochs, attack_images, recipe.batch_size, recipe.lr, recipe.model)
+        attack_images = (
+            exposure.attack_images if attack_images is None else attack_images
+        )
+        counts = {
+            'objectives': len(objectives),
+            'attacks': len(attacks),
+            'eps': len(eps),
+            'seeds': seeds,
+            'epochs': epochs,
+            'attack images': attack_images,
+        }
+        for what, n in counts.items():
+            check_count(n, f'the number of {what}')
+        return cls(
+            dataset,
+            objectives,
+            float(alpha),
+            attacks,
+            eps,
+            seeds,
+            epochs,
+            attack_images,
+            recipe.batch_size,
+            recipe.lr,
+            recipe.model,
+        )
 
 # %% ../nbs/10_runs.ipynb #ea538327
 def config_dict(
-    config:StudyConfig, # any
-)->dict:                # lists for tuples, as it comes back from JSON
+    config: StudyConfig,  # any
+) -> dict:  # lists for tuples, as it comes back from JSON
     "A configuration as it stands in the result files."
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+    return {
+        k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()
+    }
 
 # %% ../nbs/10_runs.ipynb #10b2e13a
 def open_folder(
-    out:str|Path,       # the result folder
-    config:StudyConfig, # what is to be studied
-)->Path:                # the folder, with `study.json` and the sub-folders in it
+    out: str | Path,  # the result folder
+    config: StudyConfig,  # what is to be studied
+) -> Path:  # the folder, with `study.json` and the sub-folders in it
     "Create or reopen a result folder; `InputError` when it is a file, not writable, or belongs to something else."
     out, ours = Path(out), config_dict(config)
-    if out.exists() and not out.is_dir(): raise InputError(f'{out} is a file: name a folder with --out')
-    marker = out/'study.json'
+    if out.exists() and not out.is_dir():
+        raise InputError(f'{out} is a file: name a folder with --out')
+    marker = out / 'study.json'
     if out.is_dir() and any(out.iterdir()):
-        if not marker.is_file(): raise InputError(f'{out} holds other files and no study: name a new folder with --out')
+        if not marker.is_file():
+            raise InputError(
+                f'{out} holds other files and no study: name a new folder with --out'
+            )
         apart = differences(load_json(marker, dict(config=dict))['config'], ours)
         if apart:
-            raise InputError(f'{out} belongs to another study ({apart}): name another folder with --out, or delete this one')
+            raise InputError(
+                f'{out} belongs to another study ({apart}): name another folder with --out, or delete this one'
+            )
     try:
-        for name in ('runs', 'tables', 'figures'): (out/name).mkdir(parents=True, exist_ok=True)
-        if not marker.exists(): save_json(dict(config=ours), marker)
-        with atomic_write(out/'.writable') as temporary: temporary.touch()
-        (out/'.writable').unlink()
-    except OSError as e: raise InputError(f'cannot write to {out} ({e.strerror}): name another folder with --out') from None
+        for name in ('runs', 'tables', 'figures'):
+            (out / name).mkdir(parents=True, exist_ok=True)
+        if not marker.exists():
+            save_json(dict(config=ours), marker)
+        with atomic_write(out / '.writable') as temporary:
+            temporary.touch()
+        (out / '.writable').unlink()
+    except OSError as e:
+        raise InputError(
+            f'cannot write to {out} ({e.strerror}): name another folder with --out'
+        ) from None
     return out
 
 # %% ../nbs/10_runs.ipynb #414b8ed2
-def _load(path:Path)->dict: # `load_tensors`, with other advice
-    try: return load_tensors(path)
-    except InputError: raise InputError(f'{path} is missing or damaged: delete {path.parent} and run again') from None
+def _load(path: Path) -> dict:  # `load_tensors`, with other advice
+    try:
+        return load_tensors(path)
+    except InputError:
+        raise InputError(
+            f'{path} is missing or damaged: delete {path.parent} and run again'
+        ) from None
 
-_SIZE = dict(accuracy=NUMBER, fooled=int, distortion=(*NUMBER, type(None)), auc=dict(pairs=int) | {score: NUMBER for score in SCORES})
+
+_SIZE = dict(
+    accuracy=NUMBER,
+    fooled=int,
+    distortion=(*NUMBER, type(None)),
+    auc=dict(pairs=int) | {score: NUMBER for score in SCORES},
+)
 _ATTACK = dict(eps={...: _SIZE}, settings=dict, images=int, seconds=NUMBER, device=str)
-_TRAINING = dict(history=list, accuracy=NUMBER, zero_gradient_share=NUMBER, sigma2=NUMBER, images=int, seconds=NUMBER,
-                 fit_seconds=NUMBER, device=str, versions=dict)
+_TRAINING = dict(
+    history=list,
+    accuracy=NUMBER,
+    zero_gradient_share=NUMBER,
+    sigma2=NUMBER,
+    images=int,
+    seconds=NUMBER,
+    fit_seconds=NUMBER,
+    device=str,
+    versions=dict,
+)
 
-def _files(folder:Path, part:str)->tuple: # report, tensors and the report's shape
+
+def _files(folder: Path, part: str) -> tuple:  # report, tensors and the report's shape
     name, shape = ('clean', _TRAINING) if part == 'train' else (part, _ATTACK)
-    return folder/f'{part}.json', folder/f'{name}.safetensors', shape
+    return folder / f'{part}.json', folder / f'{name}.safetensors', shape
 
-def _save_part(folder, part, report, tensors): # the report last: where it is, the part is whole
+
+def _save_part(
+    folder, part, report, tensors
+):  # the report last: where it is, the part is whole
     path, beside, _ = _files(folder, part)
     save_tensors(tensors, beside, report)
     save_json(report, path)
 
-def _load_part(folder:Path, part:str)->tuple: # report and tensors, as they were saved
+
+def _load_part(
+    folder: Path, part: str
+) -> tuple:  # report and tensors, as they were saved
     path, beside, shape = _files(folder, part)
     advice = f'delete {folder} and run again'
-    try: report, (tensors, header) = load_json(path, shape), read_tensors(beside)
-    except InputError as e: raise InputError(f"{str(e).rpartition(': ')[0] or e}: {advice}") from None
+    try:
+        report, (tensors, header) = load_json(path, shape), read_tensors(beside)
+    except InputError as e:
+        raise InputError(f'{str(e).rpartition(": ")[0] or e}: {advice}') from None
     if json.dumps(report, sort_keys=True) != json.dumps(header, sort_keys=True):
-        raise InputError(f'{path} was edited or belongs to another run than {beside.name}: {advice}')
+        raise InputError(
+            f'{path} was edited or belongs to another run than {beside.name}: {advice}'
+        )
     return report, tensors
 
 # %% ../nbs/10_runs.ipynb #50c708f5
-def _network(config:StudyConfig, data:ImageData): # freshly initialised
+def _network(config: StudyConfig, data: ImageData):  # freshly initialised
     return create_model(**RECIPES[config.dataset].network(config.model, data))
 
-def _trained(config, data, objective, seed, folder, device, progress): # the classifier and its report, looked at
-    model, report = train_classifier(data, _network(config, data), objective, config.epochs, config.batch_size, config.lr,
-                                     config.alpha, seed=derive_seed(seed, 'train'), device=device, progress=progress,
-                                     checkpoint=folder/'checkpoint.safetensors')
+
+def _trained(
+    config, data, objective, seed, folder, device, progress
+):  # the classifier and its report, looked at
+    model, report = train_classifier(
+        data,
+        _network(config, data),
+        objective,
+        config.epochs,
+        config.batch_size,
+        config.lr,
+        config.alpha,
+        seed=derive_seed(seed, 'train'),
+        device=device,
+        progress=progress,
+        checkpoint=folder / 'checkpoint.safetensors',
+    )
     check_learned(report['history'], data.n_classes, config.lr)
     return model, report
 
-def _score_tensors(scores:pd.DataFrame)->dict: # a column a tensor
+
+def _score_tensors(scores: pd.DataFrame) -> dict:  # a column a tensor
     return {name: torch.from_numpy(scores[name].to_numpy(copy=True)) for name in scores}
 
 # %% ../nbs/10_runs.ipynb #b5df0467
 def train_part(
-    config:StudyConfig, # the study
-    data:ImageData,     # its data
-    objective:str,      # a key of `OBJECTIVES`
-    seed:int,           # the run's seed
-    folder:Path,        # of the run
-    device='cpu',       # where to train
-    progress=None,      # called with (epochs done, epochs in all)
-)->dict:                # the report, also in `folder/train.json`
+    config: StudyConfig,  # the study
+    data: ImageData,  # its data
+    objective: str,  # a key of `OBJECTIVES`
+    seed: int,  # the run's seed
+    folder: Path,  # of the run
+    device='cpu',  # where to train
+    progress=None,  # called with (epochs done, epochs in all)
+) -> dict:  # the report, also in `folder/train.json`
     "Train one network and everything that is fitted on it."
     seed_everything(derive_seed(seed, 'init'))
-    model, report = forget_failed(folder/'checkpoint.safetensors', partial(_trained, config, data, objective, seed, folder, device, progress))
+    model, report = forget_failed(
+        folder / 'checkpoint.safetensors',
+        partial(_trained, config, data, objective, seed, folder, device, progress),
+    )
     start = time.perf_counter()
-    density = fit_density(model, data.pixels(data.train_x), data.train_y, seed=derive_seed(seed, 'density'))
+    density = fit_density(
+        model,
+        data.pixels(data.train_x),
+        data.train_y,
+        seed=derive_seed(seed, 'density'),
+    )
     test_x = data.pixels(data.test_x)
     scores = detection_scores(model, density, test_x)
     report |= dict(
         accuracy=float((scores['predicted'].to_numpy() == data.test_y.numpy()).mean()),
-        images=len(test_x), zero_gradient_share=zero_gradient_share(model, test_x, data.test_y), sigma2=density.sigma2_.item(),
-        fit_seconds=time.perf_counter() - start, device=str(device), versions=software_versions())
-    save_tensors(model.state_dict(), folder/'model.safetensors')
-    save_tensors(density.state_dict(), folder/'density.safetensors')
-    _save_part(folder, 'train', report, _score_tensors(scores) | dict(hidden=forward_batches(model, test_x[:1000])[0]))
-    (folder/'checkpoint.safetensors').unlink()
+        images=len(test_x),
+        zero_gradient_share=zero_gradient_share(model, test_x, data.test_y),
+        sigma2=density.sigma2_.item(),
+        fit_seconds=time.perf_counter() - start,
+        device=str(device),
+        versions=software_versions(),
+    )
+    save_tensors(model.state_dict(), folder / 'model.safetensors')
+    save_tensors(density.state_dict(), folder / 'density.safetensors')
+    _save_part(
+        folder,
+        'train',
+        report,
+        _score_tensors(scores) | dict(hidden=forward_batches(model, test_x[:1000])[0]),
+    )
+    (folder / 'checkpoint.safetensors').unlink()
     return report
 
 # %% ../nbs/10_runs.ipynb #42459751
 def load_run(
-    config:StudyConfig, # the study
-    data:ImageData,     # its data
-    objective:str,      # a key of `OBJECTIVES`
-    folder:Path,        # of the run
-    device='cpu',       # where the network goes
-)->tuple:               # classifier in evaluation mode, and its `KernelDensity`
+    config: StudyConfig,  # the study
+    data: ImageData,  # its data
+    objective: str,  # a key of `OBJECTIVES`
+    folder: Path,  # of the run
+    device='cpu',  # where the network goes
+) -> tuple:  # classifier in evaluation mode, and its `KernelDensity`
     "What `train_part` saved."
     model, density = _network(config, data), KernelDensity()
-    if OBJECTIVES[objective].reverse: model = ReverseLogits(model)
-    model.load_state_dict(_load(folder/'model.safetensors'))
-    density.load_state_dict(_load(folder/'density.safetensors'))
+    if OBJECTIVES[objective].reverse:
+        model = ReverseLogits(model)
+    model.load_state_dict(_load(folder / 'model.safetensors'))
+    density.load_state_dict(_load(folder / 'density.safetensors'))
     return model.to(device).eval(), density
 
 # %% ../nbs/10_runs.ipynb #547da441
 def load_scores(
-    folder:Path,     # of the run
-    part:str,        # 'clean' or an attack
-    size:str|None=None, # of the attack, see `size_name`
-)->pd.DataFrame:     # as `detection_scores` gave it
+    folder: Path,  # of the run
+    part: str,  # 'clean' or an attack
+    size: str | None = None,  # of the attack, see `size_name`
+) -> pd.DataFrame:  # as `detection_scores` gave it
     "The per-image scores of a part."
-    tensors, prefix = _load(folder/f'{part}.safetensors'), '' if size is None else f'{size}/'
-    return pd.DataFrame({name: tensors[prefix + name].numpy() for name in ('predicted', *SCORES)})
+    tensors, prefix = (
+        _load(folder / f'{part}.safetensors'),
+        '' if size is None else f'{size}/',
+    )
+    return pd.DataFrame(
+        {name: tensors[prefix + name].numpy() for name in ('predicted', *SCORES)}
+    )
 
 # %% ../nbs/10_runs.ipynb #ffd7596a
 def spread(
-    total:int, # size of the test set
-    n:int,     # how many are wanted, at least 1
-)->torch.Tensor: # (min(n, total),) ascending positions
+    total: int,  # size of the test set
+    n: int,  # how many are wanted, at least 1
+) -> torch.Tensor:  # (min(n, total),) ascending positions
     "The first of each of n equal stretches."
     n = min(check_count(n, 'the number of images'), total)
     return torch.arange(n) * total // n
 
 # %% ../nbs/10_runs.ipynb #c6a2ee4c
 def attacked_indices(
-    config:StudyConfig, # the study
-    data:ImageData,     # its data
-)->torch.Tensor:        # (n,) ascending positions in the test set, n at most `config.attack_images`
+    config: StudyConfig,  # the study
+    data: ImageData,  # its data
+) -> (
+    torch.Tensor
+):  # (n,) ascending positions in the test set, n at most `config.attack_images`
     "Which test images are attacked."
     return spread(len(data.test_y), config.attack_images)
 
 # %% ../nbs/10_runs.ipynb #dda9ce3f
 def size_name(
-    eps, # an L∞ radius, or None for an attack's own budget
-)->str:  # as it stands in result files and tables
+    eps,  # an L∞ radius, or None for an attack's own budget
+) -> str:  # as it stands in result files and tables
     "0.1 → '0.1', None → 'own'."
     return 'own' if eps is None else str(float(eps))
 
 # %% ../nbs/10_runs.ipynb #a34b44ae
-def _outcome(normal, scores, x_adv, x, y)->dict: # of one attack at one size
+def _outcome(normal, scores, x_adv, x, y) -> dict:  # of one attack at one size
     before, after = (torch.tensor(s['predicted'].to_numpy()) for s in (normal, scores))
     far = distortion(x_adv, x)[chosen_pairs(before, after, y)]
-    return dict(accuracy=accuracy(after == y), fooled=len(far), distortion=far.mean().item() if len(far) else None,
-                auc=detection_auc(normal, scores, y))
+    return dict(
+        accuracy=accuracy(after == y),
+        fooled=len(far),
+        distortion=far.mean().item() if len(far) else None,
+        auc=detection_auc(normal, scores, y),
+    )
 
 # %% ../nbs/10_runs.ipynb #809db934
-KNOW_DETECTOR = ('cw_wb',) # attacks that are shown a detector, the K-density
+KNOW_DETECTOR = ('cw_wb',)  # attacks that are shown a detector, the K-density
 
-def _detector(name, density, clean)->dict: # further settings of an attack that knows the detector
-    return dict(density=density, eta=-clean['K-density'].median()) if name in KNOW_DETECTOR else {}
+
+def _detector(
+    name, density, clean
+) -> dict:  # further settings of an attack that knows the detector
+    return (
+        dict(density=density, eta=-clean['K-density'].median())
+        if name in KNOW_DETECTOR
+        else {}
+    )
 
 # %% ../nbs/10_runs.ipynb #4e87ace8
 def attack_part(
-    config:StudyConfig, # the study
-    data:ImageData,     # its data
-    objective:str,      # a key of `OBJECTIVES`
-    seed:int,           # the run's seed
-    name:str,           # a key of `ATTACKS`
-    folder:Path,        # of the run; its network must be there
-    device='cpu',       # where to compute
-    progress=None,      # called with (attacks done, attacks in all)
-)->dict:                # the report, also in `folder/NAME.json`
+    config: StudyConfig,  # the study
+    data: ImageData,  # its data
+    objective: str,  # a key of `OBJECTIVES`
+    seed: int,  # the run's seed
+    name: str,  # a key of `ATTACKS`
+    folder: Path,  # of the run; its network must be there
+    device='cpu',  # where to compute
+    progress=None,  # called with (attacks done, attacks in all)
+) -> dict:  # the report, also in `folder/NAME.json`
     "Attack one network with one attack, at every ε or at its own budget."
     start, tensors, results = time.perf_counter(), {}, {}
     model, density = load_run(config, data, objective, folder, device)
     index = attacked_indices(config, data)
     x, y = data.pixels(data.test_x[index]), data.test_y[index]
     normal = load_scores(folder, 'clean').iloc[index].reset_index(drop=True)
-    sizes, settings = radii(name, config.eps), _detector(name, density, load_scores(folder, 'clean'))
+    sizes, settings = (
+        radii(name, config.eps),
+        _detector(name, density, load_scores(folder, 'clean')),
+    )
     for i, eps in enumerate(sizes):
-        x_adv = attack(model, x, y, name, eps, seed=derive_seed(seed, 'attack', name, eps), **settings)
+        x_adv = attack(
+            model,
+            x,
+            y,
+            name,
+            eps,
+            seed=derive_seed(seed, 'attack', name, eps),
+            **settings,
+        )
         scores = detection_scores(model, density, x_adv)
-        tensors |= {f'{size_name(eps)}/{k}': v for k, v in _score_tensors(scores).items()}
+        tensors |= {
+            f'{size_name(eps)}/{k}': v for k, v in _score_tensors(scores).items()
+        }
         results[size_name(eps)] = _outcome(normal, scores, x_adv, x, y)
-        if progress: progress(i + 1, len(sizes))
-    report = dict(eps=results, settings=attack_settings().loc[name].to_dict(), images=len(y),
-                  seconds=time.perf_counter() - start, device=str(device))
+        if progress:
+            progress(i + 1, len(sizes))
+    report = dict(
+        eps=results,
+        settings=attack_settings().loc[name].to_dict(),
+        images=len(y),
+        seconds=time.perf_counter() - start,
+        device=str(device),
+    )
     _save_part(folder, name, report, tensors)
     return report
 
 # %% ../nbs/10_runs.ipynb #bfd181e4
-def _check_sizes(config, name, report, folder): # did the part attack what this study asks for?
+def _check_sizes(
+    config, name, report, folder
+):  # did the part attack what this study asks for?
     sizes = [size_name(eps) for eps in radii(name, config.eps)]
     if sorted(report['eps']) != sorted(sizes):
-        raise InputError(f"{folder}/{name}.json is of the sizes {', '.join(report['eps'])}, not {', '.join(sizes)}: delete {folder} and run again")
+        raise InputError(
+            f'{folder}/{name}.json is of the sizes {", ".join(report["eps"])}, not {", ".join(sizes)}: delete {folder} and run again'
+        )
 
-def _worst_case(config, data, parts)->dict: # ε → accuracy; empty for fewer than two attacks
-    if len(parts) < 2: return {}
+
+def _worst_case(
+    config, data, parts
+) -> dict:  # ε → accuracy; empty for fewer than two attacks
+    if len(parts) < 2:
+        return {}
     y = data.test_y[attacked_indices(config, data)]
-    return {size_name(eps): accuracy(worst_case(p[f'{size_name(eps)}/predicted'] == y for p in parts)) for eps in config.eps}
+    return {
+        size_name(eps): accuracy(
+            worst_case(p[f'{size_name(eps)}/predicted'] == y for p in parts)
+        )
+        for eps in config.eps
+    }
 
 # %% ../nbs/10_runs.ipynb #0ee83c97
 def finish_run(
-    config:StudyConfig, # the study
-    data:ImageData,     # its data
-    objective:str,      # a key of `OBJECTIVES`
-    seed:int,           # the run's seed
-    folder:Path,        # of the run, with all its parts
-)->dict:                # the run, also in `folder` + '.json'
+    config: StudyConfig,  # the study
+    data: ImageData,  # its data
+    objective: str,  # a key of `OBJECTIVES`
+    seed: int,  # the run's seed
+    folder: Path,  # of the run, with all its parts
+) -> dict:  # the run, also in `folder` + '.json'
     "Put the parts of a run together."
     clean, _ = _load_part(folder, 'train')
     parts = {name: _load_part(folder, name) for name in config.attacks}
-    for name, (report, _) in parts.items(): _check_sizes(config, name, report, folder)
+    for name, (report, _) in parts.items():
+        _check_sizes(config, name, report, folder)
     over = [name for name in config.attacks if radii(name, config.eps) != [None]]
-    run = dict(objective=objective, seed=seed, config=config_dict(config), clean=clean,
-               attacks={name: report for name, (report, _) in parts.items()},
-               worst_case=_worst_case(config, data, [parts[name][1] for name in over]), worst_case_over=over if len(over) > 1 else [])
-    run['seconds'] = clean['seconds'] + clean['fit_seconds'] + sum(a['seconds'] for a in run['attacks'].values())
+    run = dict(
+        objective=objective,
+        seed=seed,
+        config=config_dict(config),
+        clean=clean,
+        attacks={name: report for name, (report, _) in parts.items()},
+        worst_case=_worst_case(config, data, [parts[name][1] for name in over]),
+        worst_case_over=over if len(over) > 1 else [],
+    )
+    run['seconds'] = (
+        clean['seconds']
+        + clean['fit_seconds']
+        + sum(a['seconds'] for a in run['attacks'].values())
+    )
     save_json(run, folder.with_name(f'{folder.name}.json'))
     return run
 
 # %% ../nbs/10_runs.ipynb #efde4961
-def _runs(config:StudyConfig): # every objective with every seed
-    return [(objective, seed) for objective in config.objectives for seed in range(config.seeds)]
+def _runs(config: StudyConfig):  # every objective with every seed
+    return [
+        (objective, seed)
+        for objective in config.objectives
+        for seed in range(config.seeds)
+    ]
 
-def _parts(config:StudyConfig): # every run with its parts, training first
-    return [(objective, seed, part) for objective, seed in _runs(config) for part in ('train', *config.attacks)]
 
-def _line(objective:str, seed:int, part:str, report:dict)->str: # what is said about a finished part
-    head = f"{OBJECTIVES[objective].title} seed {seed}"
-    if part == 'train': return f"{head}: trained in {report['seconds']:.1f} s, clean accuracy {100*report['accuracy']:.1f} %"
-    numbers = ', '.join(f"{100*r['accuracy']:.1f} % at {size}" for size, r in report['eps'].items())
-    return f"{head}: {part} in {report['seconds']:.1f} s, accuracy {numbers}"
+def _parts(config: StudyConfig):  # every run with its parts, training first
+    return [
+        (objective, seed, part)
+        for objective, seed in _runs(config)
+        for part in ('train', *config.attacks)
+    ]
+
+
+def _line(
+    objective: str, seed: int, part: str, report: dict
+) -> str:  # what is said about a finished part
+    head = f'{OBJECTIVES[objective].title} seed {seed}'
+    if part == 'train':
+        return f'{head}: trained in {report["seconds"]:.1f} s, clean accuracy {100 * report["accuracy"]:.1f} %'
+    numbers = ', '.join(
+        f'{100 * r["accuracy"]:.1f} % at {size}' for size, r in report['eps'].items()
+    )
+    return f'{head}: {part} in {report["seconds"]:.1f} s, accuracy {numbers}'
 
 # %% ../nbs/10_runs.ipynb #a6c61ea3
-def _missing(config, out)->list: # parts that are not there; those that are there are looked at
-    there = [p for p in _parts(config) if (out/'runs'/f'{p[0]}-{p[1]}'/f'{p[2]}.json').exists()]
-    for objective, seed, part in there: _load_part(out/'runs'/f'{objective}-{seed}', part)
+def _missing(
+    config, out
+) -> list:  # parts that are not there; those that are there are looked at
+    there = [
+        p
+        for p in _parts(config)
+        if (out / 'runs' / f'{p[0]}-{p[1]}' / f'{p[2]}.json').exists()
+    ]
+    for objective, seed, part in there:
+        _load_part(out / 'runs' / f'{objective}-{seed}', part)
     return [p for p in _parts(config) if p not in there]
 
-def _do_part(config, data, objective, seed, part, folder, device, progress): # one part, whatever it is
-    if part == 'train': return train_part(config, data, objective, seed, folder, device, progress)
+
+def _do_part(
+    config, data, objective, seed, part, folder, device, progress
+):  # one part, whatever it is
+    if part == 'train':
+        return train_part(config, data, objective, seed, folder, device, progress)
     return attack_part(config, data, objective, seed, part, folder, device, progress)
 
 # %% ../nbs/10_runs.ipynb #9a81177b
 def run_parts(
-    config:StudyConfig, # the study
-    data:ImageData,     # its data
-    out:Path,           # from `open_folder`
-    device='cpu',       # where to compute
-    quiet:bool=False,   # no bar and no lines
-)->list:                # every run, as `finish_run` gives it
+    config: StudyConfig,  # the study
+    data: ImageData,  # its data
+    out: Path,  # from `open_folder`
+    device='cpu',  # where to compute
+    quiet: bool = False,  # no bar and no lines
+) -> list:  # every run, as `finish_run` gives it
     "Do the parts that are missing; return all runs."
     missing = _missing(config, out)
     total = len(_parts(config))
-    with tqdm(total=total, initial=total - len(missing), disable=True if quiet else None, unit='part') as bar:
+    with tqdm(
+        total=total,
+        initial=total - len(missing),
+        disable=True if quiet else None,
+        unit='part',
+    ) as bar:
         for objective, seed, part in missing:
             bar.set_description(f'{OBJECTIVES[objective].title} seed {seed}: {part}')
-            folder = out/'runs'/f'{objective}-{seed}'
+            folder = out / 'runs' / f'{objective}-{seed}'
             folder.mkdir(exist_ok=True)
-            try: report = _do_part(config, data, objective, seed, part, folder, device, lambda i, n: bar.set_postfix_str(f'{i}/{n}'))
-            except RunFailed as e: raise RunFailed(f'{OBJECTIVES[objective].title} seed {seed}: {e}') from None
+            try:
+                report = _do_part(
+                    config,
+                    data,
+                    objective,
+                    seed,
+                    part,
+                    folder,
+                    device,
+                    lambda i, n: bar.set_postfix_str(f'{i}/{n}'),
+                )
+            except RunFailed as e:
+                raise RunFailed(
+                    f'{OBJECTIVES[objective].title} seed {seed}: {e}'
+                ) from None
             bar.update()
-            if not quiet: tqdm.write(_line(objective, seed, part, report))
-    return [finish_run(config, data, o, s, out/'runs'/f'{o}-{s}') for o, s in _runs(config)]
+            if not quiet:
+                tqdm.write(_line(objective, seed, part, report))
+    return [
+        finish_run(config, data, o, s, out / 'runs' / f'{o}-{s}')
+        for o, s in _runs(config)
+    ]

@@ -15,29 +15,42 @@ from foolbox.attacks.base import MinimizationAttack, raise_if_kwargs
 from functools import partial
 from torch import nn
 
-from .attack_base import PlainCall, goal, note_still, random_targets
+from complement_objectives.attack_base import (
+    PlainCall,
+    goal,
+    note_still,
+    random_targets,
+)
 from .core import InputError, as_number, check_count
 from .perturbation import sample_keys
 
 # %% ../nbs/06b_saliency_attacks.ipynb #8873dcc3
-def _product(logits, x, v, more=False): # vᵀ ∂logits/∂x, (N, F)
+def _product(logits, x, v, more=False):  # vᵀ ∂logits/∂x, (N, F)
     g = torch.autograd.grad(logits, x, v, retain_graph=more)[0].flatten(1)
-    if g.isnan().any(): raise InputError(f'the gradient is NaN for {g.isnan().any(1).sum().item()} of {len(g)} images: the model is broken, not robust')
+    if g.isnan().any():
+        raise InputError(
+            f'the gradient is NaN for {g.isnan().any(1).sum().item()} of {len(g)} images: the model is broken, not robust'
+        )
     return g
 
 # %% ../nbs/06b_saliency_attacks.ipynb #e9151b3d
 def output_derivatives(
-    model,                # from images to logits (N, K)
-    x:torch.Tensor,       # (N, …) images
-    target:torch.Tensor,  # (N,) class indices t
-    output:str='softmax', # what F is: 'softmax' (RCE §2.1) or 'logits'
-)->tuple:                 # logits (N, K); ∂F_t and Σ_{j≠t} ∂F_j, each (N, F), for softmax divided by F_t
+    model,  # from images to logits (N, K)
+    x: torch.Tensor,  # (N, …) images
+    target: torch.Tensor,  # (N,) class indices t
+    output: str = 'softmax',  # what F is: 'softmax' (RCE §2.1) or 'logits'
+) -> (
+    tuple
+):  # logits (N, K); ∂F_t and Σ_{j≠t} ∂F_j, each (N, F), for softmax divided by F_t
     "The two derivatives in the saliency map of RCE §2.3, by one vector-Jacobian product (softmax) or two (logits)."
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = model(x)
-    if not logits.requires_grad: raise InputError('the logits do not depend on the images: JSMA needs a model that torch can differentiate')
-    z, hot = logits.detach(), torch.zeros_like(logits).scatter_(1, target[:,None], 1)
+    if not logits.requires_grad:
+        raise InputError(
+            'the logits do not depend on the images: JSMA needs a model that torch can differentiate'
+        )
+    z, hot = logits.detach(), torch.zeros_like(logits).scatter_(1, target[:, None], 1)
     if output == 'softmax':
         a = _product(logits, x, hot - z.softmax(1))
         return z, a, -a
@@ -45,30 +58,35 @@ def output_derivatives(
 
 # %% ../nbs/06b_saliency_attacks.ipynb #c7de4da2
 def saliency_map(
-    a:torch.Tensor,  # (N, F) ∂F_t, from `output_derivatives`
-    b:torch.Tensor,  # (N, F) Σ_{j≠t} ∂F_j
-    theta:float=1.,  # planned change of a feature; only its sign counts
-)->torch.Tensor:     # (N, F), at least 0
+    a: torch.Tensor,  # (N, F) ∂F_t, from `output_derivatives`
+    b: torch.Tensor,  # (N, F) Σ_{j≠t} ∂F_j
+    theta: float = 1.0,  # planned change of a feature; only its sign counts
+) -> torch.Tensor:  # (N, F), at least 0
     "The saliency map of RCE §2.3; for a negative `theta` that of a decrease."
-    if theta < 0: a, b = -a, -b
-    return torch.where((a < 0) | (b > 0), torch.zeros_like(a), a*b.abs())
+    if theta < 0:
+        a, b = -a, -b
+    return torch.where((a < 0) | (b > 0), torch.zeros_like(a), a * b.abs())
 
 # %% ../nbs/06b_saliency_attacks.ipynb #74df9cf0
 TARGETS = 'least_likely', 'runner_up', 'random'
 
+
 def choose_targets(
-    logits:torch.Tensor,         # (N, K) of the clean images
-    y:torch.Tensor,              # (N,) classes that are not to be chosen
-    target:str='least_likely',   # one of `TARGETS`
-    keys:torch.Tensor=None,      # (N,) from `sample_keys`, for 'random'
-)->torch.Tensor:                 # (N,) class indices ≠ y
+    logits: torch.Tensor,  # (N, K) of the clean images
+    y: torch.Tensor,  # (N,) classes that are not to be chosen
+    target: str = 'least_likely',  # one of `TARGETS`
+    keys: torch.Tensor = None,  # (N,) from `sample_keys`, for 'random'
+) -> torch.Tensor:  # (N,) class indices ≠ y
     "A target class for every image: RCE's authors take the least likely."
-    if target == 'random': return random_targets(keys, y, logits.shape[1])
+    if target == 'random':
+        return random_targets(keys, y, logits.shape[1])
     sign = 1 if target == 'runner_up' else -1
-    return (sign*logits).scatter(1, y[:,None], -torch.inf).argmax(1)
+    return (sign * logits).scatter(1, y[:, None], -torch.inf).argmax(1)
 
 # %% ../nbs/06b_saliency_attacks.ipynb #1633dc51
-def _running_second(v): # at each position the second largest of the values before it, (N, F)
+def _running_second(
+    v,
+):  # at each position the second largest of the values before it, (N, F)
     first = v.cummax(1).values
     before = torch.full_like(v[:, :1], -torch.inf)
     beaten = torch.minimum(v, torch.cat([before, first[:, :-1]], 1))
@@ -76,23 +94,29 @@ def _running_second(v): # at each position the second largest of the values befo
 
 # %% ../nbs/06b_saliency_attacks.ipynb #2e1029bf
 def pair_candidates(
-    a:torch.Tensor, # (N, F) to be made large; -inf where a feature must not be used
-    c:torch.Tensor, # (N, F) to be made large as well
-)->tuple:           # feature indices (N, M), and which of them count (N, M)
+    a: torch.Tensor,  # (N, F) to be made large; -inf where a feature must not be used
+    c: torch.Tensor,  # (N, F) to be made large as well
+) -> tuple:  # feature indices (N, M), and which of them count (N, M)
     "The features that at most one other surpasses in both `a` and `c`, found by sorting."
     order = c.argsort(dim=1, descending=True, stable=True)
-    order = order.gather(1, a.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    order = order.gather(
+        1, a.gather(1, order).argsort(dim=1, descending=True, stable=True)
+    )
     c = c.gather(1, order)
     keep = (c > _running_second(c)) & (a.gather(1, order) > -torch.inf)
-    first = keep.byte().argsort(dim=1, descending=True, stable=True)[:, :max(2, keep.sum(1).max().item())]
+    first = keep.byte().argsort(dim=1, descending=True, stable=True)[
+        :, : max(2, keep.sum(1).max().item())
+    ]
     return order.gather(1, first), keep.gather(1, first)
 
 # %% ../nbs/06b_saliency_attacks.ipynb #e39b9aea
 def best_pair(
-    a:torch.Tensor,    # (N, F) effect of the planned change on the target
-    b:torch.Tensor,    # (N, F) effect on the sum of the others
-    free:torch.Tensor, # (N, F) bool, features that may be used
-)->tuple:              # feature indices (N, 2) and the map's value (N, 1); 0 where no pair qualifies
+    a: torch.Tensor,  # (N, F) effect of the planned change on the target
+    b: torch.Tensor,  # (N, F) effect on the sum of the others
+    free: torch.Tensor,  # (N, F) bool, features that may be used
+) -> (
+    tuple
+):  # feature indices (N, 2) and the map's value (N, 1); 0 where no pair qualifies
     "The maximum of Papernot's pairwise saliency map, without the F × F map."
     a, c = (v.masked_fill(~free, -torch.inf) for v in (a, -b))
     at, counts = pair_candidates(a, c)
@@ -100,129 +124,220 @@ def best_pair(
     best, pair = torch.zeros_like(a[:, :1]), at[:, :2]
     for d in range(1, at.shape[1]):
         A, C = a[:, :-d] + a[:, d:], c[:, :-d] + c[:, d:]
-        value, i = torch.where((A > 0) & (C > 0), A*C, torch.zeros_like(A)).max(1, keepdim=True)
-        pair = torch.where(value > best, torch.cat([at.gather(1, i), at.gather(1, i + d)], 1), pair)
+        value, i = torch.where((A > 0) & (C > 0), A * C, torch.zeros_like(A)).max(
+            1, keepdim=True
+        )
+        pair = torch.where(
+            value > best, torch.cat([at.gather(1, i), at.gather(1, i + d)], 1), pair
+        )
         best = torch.maximum(value, best)
     return pair, best
 
 # %% ../nbs/06b_saliency_attacks.ipynb #4ee9c78c
-def _two_largest(a, free): # `best_pair(a, -a, free)` up to the scale of the map
+def _two_largest(a, free):  # `best_pair(a, -a, free)` up to the scale of the map
     v, at = a.masked_fill(~free, -torch.inf).topk(2, 1)
     return at, v.sum(1, keepdim=True).clamp(min=0)
 
 # %% ../nbs/06b_saliency_attacks.ipynb #9cab5380
-def _choose(attack, a, b, now, was, bounds): # features (N, k) to change, and which of these count (N, k)
+def _choose(
+    attack, a, b, now, was, bounds
+):  # features (N, k) to change, and which of these count (N, k)
     changed, width = now != was, 2 if attack.pairs else 1
     left = _allowed(attack, now.shape[1]) - changed.sum(1, keepdim=True)
     room = now < bounds[1] if attack.theta > 0 else now > bounds[0]
     free = room & (changed | (left >= width))
     if attack.pairs:
-        if attack.theta < 0: a, b = -a, -b
-        at, value = _two_largest(a, free) if attack.output == 'softmax' else best_pair(a, b, free)
+        if attack.theta < 0:
+            a, b = -a, -b
+        at, value = (
+            _two_largest(a, free)
+            if attack.output == 'softmax'
+            else best_pair(a, b, free)
+        )
         return at, (value > 0).expand_as(at)
     S = saliency_map(a, b, attack.theta).masked_fill_(~free, 0)
-    if attack.per_step == 1: at = S.argmax(1, keepdim=True)
-    else: at = S.topk(min(attack.per_step, S.shape[1]), 1).indices
+    if attack.per_step == 1:
+        at = S.argmax(1, keepdim=True)
+    else:
+        at = S.topk(min(attack.per_step, S.shape[1]), 1).indices
     new = ~changed.gather(1, at)
     return at, (S.gather(1, at) > 0) & (~new | (new.cumsum(1) <= left))
 
 # %% ../nbs/06b_saliency_attacks.ipynb #c29fae99
 def _theta(value, what):
-    if not math.isfinite(as_number(value, what)) or value == 0: raise InputError(f'theta is {value}: it must be a number other than 0, positive to brighten and negative to darken')
+    if not math.isfinite(as_number(value, what)) or value == 0:
+        raise InputError(
+            f'theta is {value}: it must be a number other than 0, positive to brighten and negative to darken'
+        )
     return value
+
 
 def _gamma(value, what):
-    if not 0 < as_number(value, what) <= 1: raise InputError(f'gamma is {value}: it must lie in (0, 1], the share of features that may change')
+    if not 0 < as_number(value, what) <= 1:
+        raise InputError(
+            f'gamma is {value}: it must lie in (0, 1], the share of features that may change'
+        )
     return value
+
 
 def _output(value, what):
-    if value not in ('softmax', 'logits'): raise InputError(f"output is {value!r}: it must be 'softmax' or 'logits'")
+    if value not in ('softmax', 'logits'):
+        raise InputError(f"output is {value!r}: it must be 'softmax' or 'logits'")
     return value
+
 
 def _target(value, what):
-    if value not in TARGETS: raise InputError(f'target is {value!r}: it must be one of {", ".join(TARGETS)}; or give TargetedMisclassification(classes)')
+    if value not in TARGETS:
+        raise InputError(
+            f'target is {value!r}: it must be one of {", ".join(TARGETS)}; or give TargetedMisclassification(classes)'
+        )
     return value
 
-def _check_reach(attack, x): # can these settings change an image at all?
-    features, width = x[0].numel(), 2 if attack.pairs else 1
-    if abs(attack.theta) <= torch.finfo(x.dtype).eps: raise InputError(f'theta is {attack.theta}: too small to change a pixel in {x.dtype}')
-    if _allowed(attack, features) < width: raise InputError(f'gamma is {attack.gamma}: of {features} features that leaves fewer than the {width} a step changes')
 
-def _allowed(attack, features): return math.floor(attack.gamma*features + 1e-9) # that many features may change
+def _check_reach(attack, x):  # can these settings change an image at all?
+    features, width = x[0].numel(), 2 if attack.pairs else 1
+    if abs(attack.theta) <= torch.finfo(x.dtype).eps:
+        raise InputError(
+            f'theta is {attack.theta}: too small to change a pixel in {x.dtype}'
+        )
+    if _allowed(attack, features) < width:
+        raise InputError(
+            f'gamma is {attack.gamma}: of {features} features that leaves fewer than the {width} a step changes'
+        )
+
+
+def _allowed(attack, features):
+    return math.floor(attack.gamma * features + 1e-9)  # that many features may change
 
 # %% ../nbs/06b_saliency_attacks.ipynb #05d02a05
 class JSMA(PlainCall, MinimizationAttack):
     "Jacobian-based saliency map attack, RCE §2.3; with `pairs` the original of Papernot et al. (2016). Radii are numbers of changed features (L0)."
-    distance = fb.distances.l0
-    valid = dict(theta=_theta, gamma=_gamma, steps=partial(check_count, none=True), output=_output, target=_target,
-                 per_step=check_count, seed=partial(check_count, least=-2**63), batch_size=check_count)
 
-    def __init__(self,
-        theta:float=1.,            # ε of RCE: added to a chosen feature, as a share of the pixel range; negative: taken away
-        gamma:float=0.1,           # largest share of features that may change, in (0, 1]
-        steps:int=None,            # largest number of steps for an image, at least 1; None: as many as `gamma` and `theta` allow
+    distance = fb.distances.l0
+    valid = dict(
+        theta=_theta,
+        gamma=_gamma,
+        steps=partial(check_count, none=True),
+        output=_output,
+        target=_target,
+        per_step=check_count,
+        seed=partial(check_count, least=-(2**63)),
+        batch_size=check_count,
+    )
+
+    def __init__(
+        self,
+        theta: float = 1.0,  # ε of RCE: added to a chosen feature, as a share of the pixel range; negative: taken away
+        gamma: float = 0.1,  # largest share of features that may change, in (0, 1]
+        steps: int = None,  # largest number of steps for an image, at least 1; None: as many as `gamma` and `theta` allow
         *,
-        output:str='softmax',      # the F of the map: 'softmax' (RCE §2.1) or 'logits'
-        pairs:bool=False,          # two features a step, by the pairwise map
-        per_step:int=1,            # that many of the best single features a step; 1 is RCE's rule
-        target:str='least_likely', # where the criterion names no target: one of `TARGETS`
-        seed:int=0,                # for target='random'
-        batch_size:int=128,        # images a forward pass; no influence on the result beyond rounding
+        output: str = 'softmax',  # the F of the map: 'softmax' (RCE §2.1) or 'logits'
+        pairs: bool = False,  # two features a step, by the pairwise map
+        per_step: int = 1,  # that many of the best single features a step; 1 is RCE's rule
+        target: str = 'least_likely',  # where the criterion names no target: one of `TARGETS`
+        seed: int = 0,  # for target='random'
+        batch_size: int = 128,  # images a forward pass; no influence on the result beyond rounding
     ):
-        self.theta, self.gamma, self.steps, self.output, self.pairs = theta, gamma, steps, output, pairs
-        self.per_step, self.target, self.seed, self.batch_size = per_step, target, seed, batch_size
-        if pairs and per_step != 1: raise InputError('pairs=True changes two features a step: leave per_step at 1')
+        self.theta, self.gamma, self.steps, self.output, self.pairs = (
+            theta,
+            gamma,
+            steps,
+            output,
+            pairs,
+        )
+        self.per_step, self.target, self.seed, self.batch_size = (
+            per_step,
+            target,
+            seed,
+            batch_size,
+        )
+        if pairs and per_step != 1:
+            raise InputError(
+                'pairs=True changes two features a step: leave per_step at 1'
+            )
 
     def run(self, model, inputs, criterion, *, early_stop=None, on_step=None, **kwargs):
         "`on_step(images, features, counts)` hears of every step: indices (n,), (n, k), and bool (n, k)."
         raise_if_kwargs(kwargs)
         x, restore = ep.astensor_(inputs)
-        with torch.inference_mode(False): return restore(ep.astensor(_walk(self, model, x.raw.detach().clone(), criterion, on_step)))
+        with torch.inference_mode(False):
+            return restore(
+                ep.astensor(
+                    _walk(self, model, x.raw.detach().clone(), criterion, on_step)
+                )
+            )
 
 # %% ../nbs/06b_saliency_attacks.ipynb #60c9931d
-def _goals(attack, model, x, criterion): # target classes (N,), and from indices and predictions to success
+def _goals(
+    attack, model, x, criterion
+):  # target classes (N,), and from indices and predictions to success
     classes, sign = goal(criterion)
-    if sign < 0: return classes, lambda i, predicted: predicted == classes[i]
-    with torch.no_grad(): logits = torch.cat([model(part) for part in x.split(attack.batch_size)])
-    keys = sample_keys(x, attack.seed, model.bounds) if attack.target == 'random' else None
-    return choose_targets(logits, classes, attack.target, keys), lambda i, predicted: predicted != classes[i]
+    if sign < 0:
+        return classes, lambda i, predicted: predicted == classes[i]
+    with torch.no_grad():
+        logits = torch.cat([model(part) for part in x.split(attack.batch_size)])
+    keys = (
+        sample_keys(x, attack.seed, model.bounds) if attack.target == 'random' else None
+    )
+    return choose_targets(
+        logits, classes, attack.target, keys
+    ), lambda i, predicted: predicted != classes[i]
 
 # %% ../nbs/06b_saliency_attacks.ipynb #ade46634
-def _walk(attack, model, x, criterion, on_step): # adversarial images, like `x`; unchanged where the walk did not end in success
+def _walk(
+    attack, model, x, criterion, on_step
+):  # adversarial images, like `x`; unchanged where the walk did not end in success
     _check_reach(attack, x)
     target, reached = _goals(attack, model, x, criterion)
     was, now = x.flatten(1), x.flatten(1).clone()
-    done, steps = torch.zeros(len(x), dtype=torch.bool, device=x.device), torch.zeros(len(x), dtype=torch.long, device=x.device)
-    active, still = torch.arange(len(x), device=x.device), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    done, steps = (
+        torch.zeros(len(x), dtype=torch.bool, device=x.device),
+        torch.zeros(len(x), dtype=torch.long, device=x.device),
+    )
+    active, still = (
+        torch.arange(len(x), device=x.device),
+        torch.zeros(len(x), dtype=torch.bool, device=x.device),
+    )
     while len(active):
-        i, later = active.split([min(attack.batch_size, len(active)), max(0, len(active) - attack.batch_size)])
-        logits, a, b = output_derivatives(model, now[i].view(-1, *x.shape[1:]), target[i], attack.output)
+        i, later = active.split(
+            [
+                min(attack.batch_size, len(active)),
+                max(0, len(active) - attack.batch_size),
+            ]
+        )
+        logits, a, b = output_derivatives(
+            model, now[i].view(-1, *x.shape[1:]), target[i], attack.output
+        )
         done[i] = reached(i, logits.argmax(1))
         at, counts = _choose(attack, a, b, now[i], was[i], model.bounds)
         on, still[i] = ~done[i] & counts.any(1), ~(done[i] | a.any(1) | b.any(1))
-        if attack.steps is not None: on &= steps[i] < attack.steps
+        if attack.steps is not None:
+            on &= steps[i] < attack.steps
         i, at, counts = i[on], at[on], counts[on]
-        before = now[i[:,None], at]
-        now[i[:,None], at] = torch.where(counts, (before + attack.theta).clamp(*model.bounds), before)
+        before = now[i[:, None], at]
+        now[i[:, None], at] = torch.where(
+            counts, (before + attack.theta).clamp(*model.bounds), before
+        )
         steps[i] += 1
-        if on_step: on_step(i, at, counts)
+        if on_step:
+            on_step(i, at, counts)
         active = torch.cat([i, later])
     note_still(model, still.sum().item(), len(x))
-    return torch.where(done[:,None], now, was).view_as(x)
+    return torch.where(done[:, None], now, was).view_as(x)
 
 # %% ../nbs/06b_saliency_attacks.ipynb #22b692da
 def jsma(
-    theta:float=0.16, # ε of RCE Fig 3, as a share of the pixel range
-    steps:int=100,    # of the authors' code
-    **settings,       # anything else of `JSMA`
-)->JSMA:              # single features, towards the least likely class
+    theta: float = 0.16,  # ε of RCE Fig 3, as a share of the pixel range
+    steps: int = 100,  # of the authors' code
+    **settings,  # anything else of `JSMA`
+) -> JSMA:  # single features, towards the least likely class
     "JSMA as RCE §4.3 runs it."
-    return JSMA(**dict(theta=theta, gamma=1., steps=steps) | settings)
+    return JSMA(**dict(theta=theta, gamma=1.0, steps=steps) | settings)
 
 # %% ../nbs/06b_saliency_attacks.ipynb #a83c8453
 def jsma_pairs(
-    gamma:float=0.25, # GCE Table 3: 0.25 and 0.5 on MNIST, 0.07 and 0.14 on CIFAR-10
-    **settings,       # anything else of `JSMA`
-)->JSMA:              # pairs of features by their logits, a full step
+    gamma: float = 0.25,  # GCE Table 3: 0.25 and 0.5 on MNIST, 0.07 and 0.14 on CIFAR-10
+    **settings,  # anything else of `JSMA`
+) -> JSMA:  # pairs of features by their logits, a full step
     "JSMA as GCE §5.1 runs it: θ = 1 and the pairwise map of Papernot et al. (2016), who use the logits."
-    return JSMA(**dict(theta=1., gamma=gamma, pairs=True, output='logits') | settings)
+    return JSMA(**dict(theta=1.0, gamma=gamma, pairs=True, output='logits') | settings)

@@ -14,301 +14,635 @@ import pandas as pd
 import torch
 
 from .attacks import attack, attack_settings, make_attack, radii
-from .checkpoints import load_classifier, read_tensors, save_tensors
-from .core import NUMBER, InputError, choose, derive_seed, load_json, mismatch, pick_device, save_json
+from complement_objectives.checkpoints import (
+    load_classifier,
+    read_tensors,
+    save_tensors,
+)
+from complement_objectives.core import (
+    NUMBER,
+    InputError,
+    choose,
+    derive_seed,
+    load_json,
+    mismatch,
+    pick_device,
+    save_json,
+)
 from .data import load_data
 from .detection import DETECTORS, KernelDensity, create_detector
-from .evaluation import accuracy, auc_interval, chosen_pairs, distortion, worst_case
+from complement_objectives.evaluation import (
+    accuracy,
+    auc_interval,
+    chosen_pairs,
+    distortion,
+    worst_case,
+)
 from .models import forward_batches
-from .reject import RobustClassifier, coverage, load_robust, save_robust, selective_accuracy
+from complement_objectives.reject import (
+    RobustClassifier,
+    coverage,
+    load_robust,
+    save_robust,
+    selective_accuracy,
+)
 from .report import listed, write_report
-from .runs import KNOW_DETECTOR, given_radii, several, size_name, spread
+from complement_objectives.runs import (
+    KNOW_DETECTOR,
+    given_radii,
+    several,
+    size_name,
+    spread,
+)
 
 # %% ../nbs/11a_saved.ipynb #f8874566
-def _load(folder, root, device): # network, header and the data it was trained on
+def _load(folder, root, device):  # network, header and the data it was trained on
     model, header = load_classifier(folder, pick_device(device))
     training = header.get('training')
-    if not isinstance(training, dict) or 'dataset' not in training: raise InputError(f'{folder}/model.json does not say what the network was trained on: name a folder that `cobj train` wrote')
+    if not isinstance(training, dict) or 'dataset' not in training:
+        raise InputError(
+            f'{folder}/model.json does not say what the network was trained on: name a folder that `cobj train` wrote'
+        )
     return model, header, load_data(training['dataset'], root)
 
-def _subfolder(folder, name): # made, or one line why not
-    path = Path(folder)/name
-    try: path.mkdir(exist_ok=True)
-    except OSError as e: raise InputError(f'{path} cannot be written to ({e.strerror})') from None
+
+def _subfolder(folder, name):  # made, or one line why not
+    path = Path(folder) / name
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as e:
+        raise InputError(f'{path} cannot be written to ({e.strerror})') from None
     return path
 
 # %% ../nbs/11a_saved.ipynb #3b1303c4
 def attack_saved(
-    folder:str|Path,      # of `train_network`
-    names=('pgd',),       # keys of `ATTACKS`
-    eps=(0.1, 0.2),       # L∞ radii in [0, 1], for the attacks that take them
-    images:int=500,       # how many test images, at least 1; all of them where there are fewer
-    seed:int=0,           # of random starts and targets
-    root=None,            # where the data sets lie, see `data_root`
-    device:str='auto',    # 'auto', 'cpu' or 'cuda'
-    progress=None,        # called with (attacks done, attacks in all, what is next)
-)->pd.DataFrame:          # a row for each attack and size: accuracy, images fooled, their mean distortion
+    folder: str | Path,  # of `train_network`
+    names=('pgd',),  # keys of `ATTACKS`
+    eps=(0.1, 0.2),  # L∞ radii in [0, 1], for the attacks that take them
+    images: int = 500,  # how many test images, at least 1; all of them where there are fewer
+    seed: int = 0,  # of random starts and targets
+    root=None,  # where the data sets lie, see `data_root`
+    device: str = 'auto',  # 'auto', 'cpu' or 'cuda'
+    progress=None,  # called with (attacks done, attacks in all, what is next)
+) -> (
+    pd.DataFrame
+):  # a row for each attack and size: accuracy, images fooled, their mean distortion
     "Attack a saved network; `attacks/NAME.json` and `.safetensors` hold what came out."
     eps, names = given_radii(eps), several(names)
-    if not names: raise InputError('at least one attack is needed, got none')
+    if not names:
+        raise InputError('at least one attack is needed, got none')
     model, _, data = _load(folder, root, device)
     settings = {name: _detector(folder, name) for name in names}
-    for name in names: _check_attack(name, settings[name], eps)
+    for name in names:
+        _check_attack(name, settings[name], eps)
     index = spread(len(data.test_y), images)
     x, y = data.pixels(data.test_x[index]), data.test_y[index]
-    clean, into = dict(index=index, labels=y, predicted=_predicted(model, x)), _subfolder(folder, 'attacks')
+    clean, into = (
+        dict(index=index, labels=y, predicted=_predicted(model, x)),
+        _subfolder(folder, 'attacks'),
+    )
     for i, name in enumerate(names):
-        if progress: progress(i, len(names), name)
+        if progress:
+            progress(i, len(names), name)
         _attack_one(model, x, clean, name, settings[name], radii(name, eps), seed, into)
     return attack_results(folder)
 
 # %% ../nbs/11a_saved.ipynb #175253aa
-def _detector(folder, name): # further settings of an attack that knows the detector
-    if name not in KNOW_DETECTOR: return {}
-    option = load_robust(Path(folder)/'robust')[0].option if (Path(folder)/'robust').is_dir() else None
-    if option is None or not isinstance(option.detector, KernelDensity): raise InputError(f'cw_wb attacks a K-density detector, and {folder} has none: run cobj detect first')
+def _detector(folder, name):  # further settings of an attack that knows the detector
+    if name not in KNOW_DETECTOR:
+        return {}
+    option = (
+        load_robust(Path(folder) / 'robust')[0].option
+        if (Path(folder) / 'robust').is_dir()
+        else None
+    )
+    if option is None or not isinstance(option.detector, KernelDensity):
+        raise InputError(
+            f'cw_wb attacks a K-density detector, and {folder} has none: run cobj detect first'
+        )
     return dict(density=option.detector, eta=-option.threshold_.item())
 
-def _check_attack(name, settings, eps): # before anything is attacked
+
+def _check_attack(name, settings, eps):  # before anything is attacked
     make_attack(name, **settings)
-    if not radii(name, eps): raise InputError(f'{name} attacks at given L∞ radii: give at least one')
+    if not radii(name, eps):
+        raise InputError(f'{name} attacks at given L∞ radii: give at least one')
 
 # %% ../nbs/11a_saved.ipynb #2801a708
-def _predicted(model, x): return forward_batches(model, x)[1].argmax(1)
+def _predicted(model, x):
+    return forward_batches(model, x)[1].argmax(1)
 
-def _outcome(before, after, labels, x_adv, x): # of one attack at one size
+
+def _outcome(before, after, labels, x_adv, x):  # of one attack at one size
     far = distortion(x_adv, x)[chosen_pairs(before, after, labels)]
-    return dict(accuracy=accuracy(after == labels), fooled=len(far), distortion=far.mean().item() if len(far) else None)
+    return dict(
+        accuracy=accuracy(after == labels),
+        fooled=len(far),
+        distortion=far.mean().item() if len(far) else None,
+    )
 
 # %% ../nbs/11a_saved.ipynb #3b37c9b5
-def _attack_one(model, x, clean, name, settings, sizes, seed, into): # one attack at all of its sizes, written
+def _attack_one(
+    model, x, clean, name, settings, sizes, seed, into
+):  # one attack at all of its sizes, written
     y, results, tensors = clean['labels'], {}, dict(clean)
     for eps in sizes:
-        x_adv, size = attack(model, x, y, name, eps, seed=derive_seed(seed, 'attack', name, eps), **settings), size_name(eps)
-        tensors |= {f'{size}/images': x_adv, f'{size}/predicted': _predicted(model, x_adv)}
-        results[size] = _outcome(clean['predicted'], tensors[f'{size}/predicted'], y, x_adv, x)
-    report = dict(attack=name, settings=attack_settings().loc[name].to_dict(), seed=seed, images=len(y),
-                  clean=accuracy(clean['predicted'] == y), sizes=results)
-    save_tensors(tensors, into/f'{name}.safetensors', report)
-    save_json(report, into/f'{name}.json')
+        x_adv, size = (
+            attack(
+                model,
+                x,
+                y,
+                name,
+                eps,
+                seed=derive_seed(seed, 'attack', name, eps),
+                **settings,
+            ),
+            size_name(eps),
+        )
+        tensors |= {
+            f'{size}/images': x_adv,
+            f'{size}/predicted': _predicted(model, x_adv),
+        }
+        results[size] = _outcome(
+            clean['predicted'], tensors[f'{size}/predicted'], y, x_adv, x
+        )
+    report = dict(
+        attack=name,
+        settings=attack_settings().loc[name].to_dict(),
+        seed=seed,
+        images=len(y),
+        clean=accuracy(clean['predicted'] == y),
+        sizes=results,
+    )
+    save_tensors(tensors, into / f'{name}.safetensors', report)
+    save_json(report, into / f'{name}.json')
 
 # %% ../nbs/11a_saved.ipynb #f444ab6b
-_REPORT = dict(attack=str, settings=dict(norm=str), images=int, clean=NUMBER, sizes={...: dict(accuracy=NUMBER, fooled=int, distortion=(*NUMBER, type(None)))})
-_TENSORS = ('index', 'labels', 'predicted') # and 'SIZE/images', 'SIZE/predicted' for each size
+_REPORT = dict(
+    attack=str,
+    settings=dict(norm=str),
+    images=int,
+    clean=NUMBER,
+    sizes={...: dict(accuracy=NUMBER, fooled=int, distortion=(*NUMBER, type(None)))},
+)
+_TENSORS = (
+    'index',
+    'labels',
+    'predicted',
+)  # and 'SIZE/images', 'SIZE/predicted' for each size
 
-def _attacks(folder)->list: # report and tensors of every attack, as they were saved
-    return [_attack_files(path) for path in sorted((Path(folder)/'attacks').glob('*.json'))]
 
-def _attack_files(path): # of one attack
+def _attacks(folder) -> list:  # report and tensors of every attack, as they were saved
+    return [
+        _attack_files(path)
+        for path in sorted((Path(folder) / 'attacks').glob('*.json'))
+    ]
+
+
+def _attack_files(path):  # of one attack
     advice = 'run cobj attack again'
-    try: report, (tensors, header) = load_json(path, _REPORT), read_tensors(path.with_suffix('.safetensors'))
-    except InputError as e: raise InputError(f"{str(e).rpartition(': ')[0] or e}: delete {path.stem}.json and {advice}") from None
+    try:
+        report, (tensors, header) = (
+            load_json(path, _REPORT),
+            read_tensors(path.with_suffix('.safetensors')),
+        )
+    except InputError as e:
+        raise InputError(
+            f'{str(e).rpartition(": ")[0] or e}: delete {path.stem}.json and {advice}'
+        ) from None
     if json.dumps(report, sort_keys=True) != json.dumps(header, sort_keys=True):
-        raise InputError(f'{path} was edited or does not belong to {path.stem}.safetensors: delete it and {advice}')
-    needed = {*_TENSORS, *(f'{size}/{what}' for size in report['sizes'] for what in ('images', 'predicted'))}
-    if needed - tensors.keys(): raise InputError(f"{path.stem}.safetensors lacks {min(needed - tensors.keys())}: delete {path} and {advice}")
+        raise InputError(
+            f'{path} was edited or does not belong to {path.stem}.safetensors: delete it and {advice}'
+        )
+    needed = {
+        *_TENSORS,
+        *(
+            f'{size}/{what}'
+            for size in report['sizes']
+            for what in ('images', 'predicted')
+        ),
+    }
+    if needed - tensors.keys():
+        raise InputError(
+            f'{path.stem}.safetensors lacks {min(needed - tensors.keys())}: delete {path} and {advice}'
+        )
     return report, tensors
 
-def _groups(attacks)->dict: # norm, ε and attacked images → attacks that share them, in the order of their names
+
+def _groups(
+    attacks,
+) -> (
+    dict
+):  # norm, ε and attacked images → attacks that share them, in the order of their names
     groups = {}
     for report, tensors in attacks:
         images = tensors['index'].numpy().tobytes()
         for size in report['sizes']:
-            if size != 'own': groups.setdefault((report['settings']['norm'], size, images), []).append((report, tensors))
+            if size != 'own':
+                groups.setdefault(
+                    (report['settings']['norm'], size, images), []
+                ).append((report, tensors))
     return {key: members for key, members in groups.items() if len(members) > 1}
 
 # %% ../nbs/11a_saved.ipynb #bae0719e
-def _clean_row(attacks)->dict: # over all images that any attack saw
+def _clean_row(attacks) -> dict:  # over all images that any attack saw
     right = {}
-    index, first = torch.cat([t['index'] for _, t in attacks]).unique(return_inverse=True)
+    index, first = torch.cat([t['index'] for _, t in attacks]).unique(
+        return_inverse=True
+    )
     right = torch.zeros(len(index), dtype=torch.bool)
     right[first] = torch.cat([t['predicted'] == t['labels'] for _, t in attacks])
-    return dict(accuracy=100*accuracy(right), images=len(index))
+    return dict(accuracy=100 * accuracy(right), images=len(index))
 
-def _worst_rows(attacks)->dict: # (label, ε) → numbers; the label says more where one ε has several worst cases
+
+def _worst_rows(
+    attacks,
+) -> (
+    dict
+):  # (label, ε) → numbers; the label says more where one ε has several worst cases
     groups, rows = _groups(attacks), {}
     for (norm, size, _), members in groups.items():
         alone = sum(key[1] == size for key in groups) == 1
-        label = 'worst case' if alone else f"worst case of {listed(r['attack'] for r, _ in members)}"
+        label = (
+            'worst case'
+            if alone
+            else f'worst case of {listed(r["attack"] for r, _ in members)}'
+        )
         right = worst_case([t[f'{size}/predicted'] == t['labels'] for _, t in members])
-        rows[label, size] = dict(accuracy=100*accuracy(right), images=len(right))
+        rows[label, size] = dict(accuracy=100 * accuracy(right), images=len(right))
     return rows
 
 # %% ../nbs/11a_saved.ipynb #d4a5ea63
 def attack_results(
-    folder:str|Path, # of `attack_saved`
-)->pd.DataFrame:     # index (attack, eps); accuracy in percent, images, fooled, distortion in grey levels
+    folder: str | Path,  # of `attack_saved`
+) -> pd.DataFrame:  # index (attack, eps); accuracy in percent, images, fooled, distortion in grey levels
     "Every attack in the folder, and the worst case over those that kept to the same ε and saw the same images."
     attacks = _attacks(folder)
     rows = {('clean', ''): _clean_row(attacks)} if attacks else {}
     for report, _ in attacks:
-        for size, r in report['sizes'].items(): rows[report['attack'], size] = dict(r, accuracy=100*r['accuracy'], images=report['images'])
-    return _frame(rows | _worst_rows(attacks), ['attack', 'eps'], ['accuracy', 'images', 'fooled', 'distortion'])
+        for size, r in report['sizes'].items():
+            rows[report['attack'], size] = dict(
+                r, accuracy=100 * r['accuracy'], images=report['images']
+            )
+    return _frame(
+        rows | _worst_rows(attacks),
+        ['attack', 'eps'],
+        ['accuracy', 'images', 'fooled', 'distortion'],
+    )
 
 # %% ../nbs/11a_saved.ipynb #588c7d6d
-def _frame(rows, names, columns): # key → {column: number} as a table of floats
-    index = pd.MultiIndex.from_tuples(rows, names=names) if rows else pd.MultiIndex.from_arrays([[], []], names=names)
-    return pd.DataFrame([[row.get(c) for c in columns] for row in rows.values()], index=index, columns=columns, dtype=float)
+def _frame(rows, names, columns):  # key → {column: number} as a table of floats
+    index = (
+        pd.MultiIndex.from_tuples(rows, names=names)
+        if rows
+        else pd.MultiIndex.from_arrays([[], []], names=names)
+    )
+    return pd.DataFrame(
+        [[row.get(c) for c in columns] for row in rows.values()],
+        index=index,
+        columns=columns,
+        dtype=float,
+    )
 
 # %% ../nbs/11a_saved.ipynb #00ccbda3
 def attack_words(
-    folder:str|Path, # of `attack_saved`
-)->list:             # sentences
+    folder: str | Path,  # of `attack_saved`
+) -> list:  # sentences
     "Which attacks ran how, which of them the worst case is over, and which it leaves out."
     attacks = _attacks(folder)
-    if not attacks: return ['No attack was made on this network.']
+    if not attacks:
+        return ['No attack was made on this network.']
     names = [r['attack'] for r, _ in attacks]
     kinds = {}
-    for r, _ in attacks: kinds.setdefault((r['settings']['norm'], tuple(r['sizes']), r['images']), []).append(r['attack'])
-    words = [f"{listed(n)} ran in the {norm} norm {_how(sizes, n)} on {images} test image{'s' if images > 1 else ''}." for (norm, sizes, images), n in kinds.items()]
-    words += [_worst_words(attacks), 'fooled counts images that were right and then wrong; distortion is the mean over them, in grey levels (RCE §4.3).',
-              f"Accuracy under attack is an upper bound on robustness; {_knowing(names)}."]
+    for r, _ in attacks:
+        kinds.setdefault(
+            (r['settings']['norm'], tuple(r['sizes']), r['images']), []
+        ).append(r['attack'])
+    words = [
+        f'{listed(n)} ran in the {norm} norm {_how(sizes, n)} on {images} test image{"s" if images > 1 else ""}.'
+        for (norm, sizes, images), n in kinds.items()
+    ]
+    words += [
+        _worst_words(attacks),
+        'fooled counts images that were right and then wrong; distortion is the mean over them, in grey levels (RCE §4.3).',
+        f'Accuracy under attack is an upper bound on robustness; {_knowing(names)}.',
+    ]
     return words
 
-def _knowing(names)->str: # which attacks were shown a detector
-    knowing = [name for name in names if name in KNOW_DETECTOR]
-    if knowing: return f'{listed(knowing)} knew a detector'
-    return f'{listed(names)} knew no detector' if len(names) == 1 else 'none of these attacks knew a detector'
 
-def _how(sizes, names)->str: # at which ε, or at which budget
-    if 'own' not in sizes: return f'at ε = {listed(sizes)}'
+def _knowing(names) -> str:  # which attacks were shown a detector
+    knowing = [name for name in names if name in KNOW_DETECTOR]
+    if knowing:
+        return f'{listed(knowing)} knew a detector'
+    return (
+        f'{listed(names)} knew no detector'
+        if len(names) == 1
+        else 'none of these attacks knew a detector'
+    )
+
+
+def _how(sizes, names) -> str:  # at which ε, or at which budget
+    if 'own' not in sizes:
+        return f'at ε = {listed(sizes)}'
     return f"('own': once, looking for the smallest change within a budget of {'its' if len(names) == 1 else 'their'} own)"
 
-def _worst_words(attacks)->str: # over which attacks the worst cases are, and which no worst case holds
+
+def _worst_words(
+    attacks,
+) -> str:  # over which attacks the worst cases are, and which no worst case holds
     members = {}
-    for (norm, size, _), group in _groups(attacks).items(): members.setdefault(listed(r['attack'] for r, _ in group), []).append(size)
+    for (norm, size, _), group in _groups(attacks).items():
+        members.setdefault(listed(r['attack'] for r, _ in group), []).append(size)
     inside = {r['attack'] for group in _groups(attacks).values() for r, _ in group}
     outside = [r['attack'] for r, _ in attacks if r['attack'] not in inside]
-    if not members: return 'There is no worst case over several attacks: no two kept to the same ε on the same images.'
-    over = '; '.join(f'at ε = {listed(sizes)} over {names}' for names, sizes in members.items())
-    left = f" {listed(outside)} {'is' if len(outside) == 1 else 'are'} in none: no ε, or none that another attack had on the same images." if outside else ''
+    if not members:
+        return 'There is no worst case over several attacks: no two kept to the same ε on the same images.'
+    over = '; '.join(
+        f'at ε = {listed(sizes)} over {names}' for names, sizes in members.items()
+    )
+    left = (
+        f' {listed(outside)} {"is" if len(outside) == 1 else "are"} in none: no ε, or none that another attack had on the same images.'
+        if outside
+        else ''
+    )
     return f'The worst case is {over}.{left}'
 
 # %% ../nbs/11a_saved.ipynb #e4f999d0
 def in_words(
-    table:pd.DataFrame, # of `attack_results` or `detect_saved`
-)->pd.DataFrame:        # text: one decimal, and a word where there is no number
+    table: pd.DataFrame,  # of `attack_results` or `detect_saved`
+) -> pd.DataFrame:  # text: one decimal, and a word where there is no number
     "The table as it is read."
-    def number(v): return '–' if math.isnan(v) else f'{v:.1f}'
-    def count(v): return '–' if math.isnan(v) else f'{v:.0f}'
-    text = table.apply(lambda column: column.map(count if column.name in ('images', 'fooled') else number))
-    if 'right' in text: text['right'] = text['right'].mask(table['answered'] == 0, 'no answers')
-    for column in text.columns.intersection(['AUC', 'distortion']): text[column] = text[column].mask(table['fooled'] == 0, 'nothing fooled')
+
+    def number(v):
+        return '–' if math.isnan(v) else f'{v:.1f}'
+
+    def count(v):
+        return '–' if math.isnan(v) else f'{v:.0f}'
+
+    text = table.apply(
+        lambda column: column.map(
+            count if column.name in ('images', 'fooled') else number
+        )
+    )
+    if 'right' in text:
+        text['right'] = text['right'].mask(table['answered'] == 0, 'no answers')
+    for column in text.columns.intersection(['AUC', 'distortion']):
+        text[column] = text[column].mask(table['fooled'] == 0, 'nothing fooled')
     return text.mask(table['images'] == 0, 'no images')
 
 # %% ../nbs/11a_saved.ipynb #2abe81ad
 def detect_saved(
-    folder:str|Path,           # of `train_network`
-    detector:str='k-density',  # a key of `DETECTORS`
-    fpr:float=0.05,            # share of normal inputs that may be rejected, in (0, 1)
-    root=None,                 # where the data sets lie, see `data_root`
-    device:str='auto',         # 'auto', 'cpu' or 'cuda'
-)->pd.DataFrame:               # rows: normal images, then every attack and size; how many got an answer, how often it is right, AUC
+    folder: str | Path,  # of `train_network`
+    detector: str = 'k-density',  # a key of `DETECTORS`
+    fpr: float = 0.05,  # share of normal inputs that may be rejected, in (0, 1)
+    root=None,  # where the data sets lie, see `data_root`
+    device: str = 'auto',  # 'auto', 'cpu' or 'cuda'
+) -> pd.DataFrame:  # rows: normal images, then every attack and size; how many got an answer, how often it is right, AUC
     "Fit and calibrate a detector, save it with the network in `robust`, and try it on normal and on attacked images."
     choose(detector, DETECTORS, 'detector')
-    if not isinstance(fpr, Real) or not 0 < fpr < 1: raise InputError(f'the false-positive rate must be between 0 and 1, got {fpr!r}')
+    if not isinstance(fpr, Real) or not 0 < fpr < 1:
+        raise InputError(
+            f'the false-positive rate must be between 0 and 1, got {fpr!r}'
+        )
     model, header, data = _load(folder, root, device)
     attacks = _attacks(folder)
-    for report, tensors in attacks: _check_images(folder, report, tensors, data)
+    for report, tensors in attacks:
+        _check_images(folder, report, tensors, data)
     judged = _judged([t['index'] for _, t in attacks], len(data.test_y))
-    robust = RobustClassifier(model, create_detector(detector)).to(next(model.parameters()).device)
-    robust.fit(data.pixels(data.train_x), data.train_y).calibrate(data.pixels(data.test_x[~judged]), fpr)
-    save_robust(robust, header['network'], Path(folder)/'robust', training=header['training'], class_names=data.class_names, scale=data.scale)
+    robust = RobustClassifier(model, create_detector(detector)).to(
+        next(model.parameters()).device
+    )
+    robust.fit(data.pixels(data.train_x), data.train_y).calibrate(
+        data.pixels(data.test_x[~judged]), fpr
+    )
+    save_robust(
+        robust,
+        header['network'],
+        Path(folder) / 'robust',
+        training=header['training'],
+        class_names=data.class_names,
+        scale=data.scale,
+    )
     table = _answers(robust, data, judged, attacks)
-    save_json(dict(detector=detector, fpr=fpr, threshold=robust.option.threshold_, set_on=(~judged).sum(), judged_on=judged.sum(),
-                   attacks=_marks(attacks), rows=table.reset_index().to_dict('records')), Path(folder)/'detect.json')
+    save_json(
+        dict(
+            detector=detector,
+            fpr=fpr,
+            threshold=robust.option.threshold_,
+            set_on=(~judged).sum(),
+            judged_on=judged.sum(),
+            attacks=_marks(attacks),
+            rows=table.reset_index().to_dict('records'),
+        ),
+        Path(folder) / 'detect.json',
+    )
     return table
 
 # %% ../nbs/11a_saved.ipynb #f072b08f
-def _check_images(folder, report, tensors, data): # are these images of this data set?
+def _check_images(folder, report, tensors, data):  # are these images of this data set?
     index, total = tensors['index'], len(data.test_y)
-    if index.max() < total and data.test_y[index].equal(tensors['labels']): return
-    raise InputError(f"{folder}/attacks/{report['attack']}.json is not about the test images of {data.name}: delete it and run cobj attack again")
+    if index.max() < total and data.test_y[index].equal(tensors['labels']):
+        return
+    raise InputError(
+        f'{folder}/attacks/{report["attack"]}.json is not about the test images of {data.name}: delete it and run cobj attack again'
+    )
 
-def _marks(attacks)->dict: # attack → checksum of its report
-    return {report['attack']: hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest() for report, _ in attacks}
 
-def _take(judged, wanted, n): # up to n more of the `wanted`, evenly spread
+def _marks(attacks) -> dict:  # attack → checksum of its report
+    return {
+        report['attack']: hashlib.sha256(
+            json.dumps(report, sort_keys=True).encode()
+        ).hexdigest()
+        for report, _ in attacks
+    }
+
+
+def _take(judged, wanted, n):  # up to n more of the `wanted`, evenly spread
     new = (wanted & ~judged).nonzero().flatten()
-    if n > 0 and len(new): judged[new[spread(len(new), n)]] = True
+    if n > 0 and len(new):
+        judged[new[spread(len(new), n)]] = True
 
-def _judged(attacked, total)->torch.Tensor: # (total,) bool: which half of the test images judges; the other sets the threshold
-    judged, half = torch.zeros(total, dtype=torch.bool), total//2
-    masks = [torch.zeros(total, dtype=torch.bool).index_fill_(0, index, True) for index in attacked]
-    for i, mask in enumerate(sorted(masks, key=lambda m: m.sum().item())): _take(judged, mask, (half - judged.sum().item())//(len(masks) - i))
-    for mask in (*masks, torch.ones_like(judged)): _take(judged, mask, half - judged.sum().item())
+
+def _judged(
+    attacked, total
+) -> (
+    torch.Tensor
+):  # (total,) bool: which half of the test images judges; the other sets the threshold
+    judged, half = torch.zeros(total, dtype=torch.bool), total // 2
+    masks = [
+        torch.zeros(total, dtype=torch.bool).index_fill_(0, index, True)
+        for index in attacked
+    ]
+    for i, mask in enumerate(sorted(masks, key=lambda m: m.sum().item())):
+        _take(judged, mask, (half - judged.sum().item()) // (len(masks) - i))
+    for mask in (*masks, torch.ones_like(judged)):
+        _take(judged, mask, half - judged.sum().item())
     return judged
 
 # %% ../nbs/11a_saved.ipynb #5721f225
-def _answered(robust, x, batch_size=1000): # labels with NOT SURE, and scores, on the CPU
+def _answered(
+    robust, x, batch_size=1000
+):  # labels with NOT SURE, and scores, on the CPU
     device = next(robust.model.parameters()).device
-    with torch.no_grad(): parts = [robust(b.to(device)) for b in x.split(batch_size)]
+    with torch.no_grad():
+        parts = [robust(b.to(device)) for b in x.split(batch_size)]
     return tuple(torch.cat([o.cpu() for o in part]) for part in zip(*parts))
 
-def _row(answers, y): # percentages of one kind of input
-    return dict(images=len(y), answered=100*coverage(answers), right=100*selective_accuracy(answers, y))
+
+def _row(answers, y):  # percentages of one kind of input
+    return dict(
+        images=len(y),
+        answered=100 * coverage(answers),
+        right=100 * selective_accuracy(answers, y),
+    )
 
 # %% ../nbs/11a_saved.ipynb #67d55fd6
-def _auc(normal, found, fooled): # × 100
-    return dict(zip(('AUC', 'low', 'high'), (100*v for v in auc_interval(normal[fooled], found[fooled]))), fooled=fooled.sum().item())
+def _auc(normal, found, fooled):  # × 100
+    return dict(
+        zip(
+            ('AUC', 'low', 'high'),
+            (100 * v for v in auc_interval(normal[fooled], found[fooled])),
+        ),
+        fooled=fooled.sum().item(),
+    )
 
-def _answers(robust, data, judged, attacks): # the table of `detect_saved`
+
+def _answers(robust, data, judged, attacks):  # the table of `detect_saved`
     labels, scores = _answered(robust, data.pixels(data.test_x[judged]))
-    rows, normal = {('normal', ''): _row(labels, data.test_y[judged])}, scores.new_zeros(len(judged))
+    rows, normal = (
+        {('normal', ''): _row(labels, data.test_y[judged])},
+        scores.new_zeros(len(judged)),
+    )
     normal[judged] = scores
     for report, tensors in attacks:
         index, keep = tensors['index'], judged[tensors['index']]
         for size in report['sizes']:
             labels, found = _answered(robust, tensors[f'{size}/images'][keep])
-            fooled = chosen_pairs(tensors['predicted'], tensors[f'{size}/predicted'], tensors['labels'])[keep]
-            rows[report['attack'], size] = _row(labels, tensors['labels'][keep]) | _auc(normal[index[keep]], found, fooled)
-    return _frame(rows, ['inputs', 'eps'], ['images', 'answered', 'right', 'fooled', 'AUC', 'low', 'high'])
+            fooled = chosen_pairs(
+                tensors['predicted'], tensors[f'{size}/predicted'], tensors['labels']
+            )[keep]
+            rows[report['attack'], size] = _row(labels, tensors['labels'][keep]) | _auc(
+                normal[index[keep]], found, fooled
+            )
+    return _frame(
+        rows,
+        ['inputs', 'eps'],
+        ['images', 'answered', 'right', 'fooled', 'AUC', 'low', 'high'],
+    )
 
 # %% ../nbs/11a_saved.ipynb #37b72624
 def report_saved(
-    folder:str|Path, # of `train_network`
-)->Path:             # the page
+    folder: str | Path,  # of `train_network`
+) -> Path:  # the page
     "What is known about a saved network: its training, the attacks on it, its detector."
     folder, (_, header) = Path(folder), load_classifier(folder)
     training = header.get('training') or {}
     sections = {'Network': [_about(header, training), _settings(training)]}
-    if header.get('history'): sections['Training'] = _training_pieces(header['history'])
-    if _attacks(folder): sections['Attacks'] = [*attack_words(folder), in_words(attack_results(folder))]
-    if (folder/'detect.json').is_file(): sections['Detection'] = _detection_pieces(load_json(folder/'detect.json', _DETECTION), _attacks(folder))
-    return write_report(folder/'report.html', f"{training.get('model', 'network')} on {training.get('dataset', '?')}, {training.get('objective', '?')}", sections)
+    if header.get('history'):
+        sections['Training'] = _training_pieces(header['history'])
+    if _attacks(folder):
+        sections['Attacks'] = [*attack_words(folder), in_words(attack_results(folder))]
+    if (folder / 'detect.json').is_file():
+        sections['Detection'] = _detection_pieces(
+            load_json(folder / 'detect.json', _DETECTION), _attacks(folder)
+        )
+    return write_report(
+        folder / 'report.html',
+        f'{training.get("model", "network")} on {training.get("dataset", "?")}, {training.get("objective", "?")}',
+        sections,
+    )
 
-def _training_pieces(history, shown=5): # words and the table
+
+def _training_pieces(history, shown=5):  # words and the table
     table = pd.DataFrame(history).rename_axis('epoch')
     words = f'The last {shown} of {len(table)} epochs, counted from 0.'
     return [words] * (len(table) > shown) + [table.tail(shown).round(4)]
 
 # %% ../nbs/11a_saved.ipynb #424b66e8
-def _about(header, training)->str: # how good it is, and how it came about
+def _about(header, training) -> str:  # how good it is, and how it came about
     history, words = header.get('history'), []
     if history:
-        words.append(f"Accuracy {100*history[-1]['accuracy']:.2f} % on the test images after the last of {len(history)} epoch{'s' if len(history) > 1 else ''}; no epoch was chosen by it.")
+        words.append(
+            f'Accuracy {100 * history[-1]["accuracy"]:.2f} % on the test images after the last of {len(history)} epoch{"s" if len(history) > 1 else ""}; no epoch was chosen by it.'
+        )
     if 'lr' in training:
-        how = f"by the preset {training['preset']}, from" if training.get('preset') else 'by Adam at'
-        words.append(f"Trained {how} a {'' if training.get('preset') else 'constant '}learning rate of {training['lr']:g}.")
-    if 'seed' in training: words.append(f"One seed, {training['seed']}: how much another would change is not known.")
-    return ' '.join([*words, 'Versions: ' + ', '.join(f'{k} {v}' for k, v in header['versions'].items()) + '.'])
+        how = (
+            f'by the preset {training["preset"]}, from'
+            if training.get('preset')
+            else 'by Adam at'
+        )
+        words.append(
+            f'Trained {how} a {"" if training.get("preset") else "constant "}learning rate of {training["lr"]:g}.'
+        )
+    if 'seed' in training:
+        words.append(
+            f'One seed, {training["seed"]}: how much another would change is not known.'
+        )
+    return ' '.join(
+        [
+            *words,
+            'Versions: '
+            + ', '.join(f'{k} {v}' for k, v in header['versions'].items())
+            + '.',
+        ]
+    )
 
-def _settings(training)->pd.DataFrame: # those that had a part in it
+
+def _settings(training) -> pd.DataFrame:  # those that had a part in it
     unused = {'alpha'} if training.get('objective') != 'gce' else set()
-    used = {k: v for k, v in training.items() if k not in unused and v is not None and v is not False}
+    used = {
+        k: v
+        for k, v in training.items()
+        if k not in unused and v is not None and v is not False
+    }
     return pd.Series(used, name='setting', dtype=object).to_frame()
 
-_ROW = dict(inputs=str, eps=str, images=NUMBER, answered=NUMBER, right=NUMBER, fooled=NUMBER, AUC=NUMBER, low=NUMBER, high=NUMBER)
-_DETECTION = dict(detector=str, fpr=NUMBER, threshold=NUMBER, set_on=int, judged_on=int, attacks=dict, rows=list)
 
-def _detection_pieces(found, attacks)->list: # words and the table
+_ROW = dict(
+    inputs=str,
+    eps=str,
+    images=NUMBER,
+    answered=NUMBER,
+    right=NUMBER,
+    fooled=NUMBER,
+    AUC=NUMBER,
+    low=NUMBER,
+    high=NUMBER,
+)
+_DETECTION = dict(
+    detector=str,
+    fpr=NUMBER,
+    threshold=NUMBER,
+    set_on=int,
+    judged_on=int,
+    attacks=dict,
+    rows=list,
+)
+
+
+def _detection_pieces(found, attacks) -> list:  # words and the table
     for row in found['rows']:
         fault = mismatch(row, _ROW)
-        if fault: raise InputError(f'detect.json is JSON of another kind ({fault}): run cobj detect again')
-    words = [f"Detector {found['detector']}, threshold {found['threshold']:.4g}: at most {100*found['fpr']:g} % of normal images are to be rejected. "
-             f"{found['set_on']} test images set it, the other {found['judged_on']} judge it. answered: share that got a class; right: how often it was the true one."]
-    if len(found['rows']) > 1: words.append('AUC × 100 of images that were right and then fooled against their originals, with its 95 % interval.')
+        if fault:
+            raise InputError(
+                f'detect.json is JSON of another kind ({fault}): run cobj detect again'
+            )
+    words = [
+        f'Detector {found["detector"]}, threshold {found["threshold"]:.4g}: at most {100 * found["fpr"]:g} % of normal images are to be rejected. '
+        f'{found["set_on"]} test images set it, the other {found["judged_on"]} judge it. answered: share that got a class; right: how often it was the true one.'
+    ]
+    if len(found['rows']) > 1:
+        words.append(
+            'AUC × 100 of images that were right and then fooled against their originals, with its 95 % interval.'
+        )
     ours = _marks(attacks)
-    stale = [name for name in ours.keys() | found['attacks'].keys() if ours.get(name) != found['attacks'].get(name)]
-    if stale: words.append(f'Careful: {listed(sorted(stale))} changed after the detector was judged; run cobj detect again.')
+    stale = [
+        name
+        for name in ours.keys() | found['attacks'].keys()
+        if ours.get(name) != found['attacks'].get(name)
+    ]
+    if stale:
+        words.append(
+            f'Careful: {listed(sorted(stale))} changed after the detector was judged; run cobj detect again.'
+        )
     return [*words, in_words(pd.DataFrame(found['rows']).set_index(['inputs', 'eps']))]

@@ -23,159 +23,226 @@ from .core import InputError, choose
 @dataclass(frozen=True)
 class Preset:
     "How a paper trains: optimizer, batch size and step schedule. Immutable; `replace` and `scaled` give variants."
-    length:float              # of training, in `unit`s
-    lr:float=0.1              # initial learning rate
-    milestones:tuple=()       # times at which the rate is multiplied by `factor`, in `unit`s
-    factor:float=0.1          # by which the rate changes at a milestone
-    batch_size:int|None=128   # images an update; None where the paper does not say
-    optimizer:str='sgd'       # 'sgd' (momentum, no dampening, no Nesterov) or 'adam'
-    mom:float=0.9             # momentum; Adam's β₁
-    sqr_mom:float=0.99        # Adam's β₂
-    wd:float=1e-4             # weight decay, added to the gradient as λθ
-    wd_bn_bias:bool=True      # do biases and normalisation layers decay too, as in torch?
-    pad:int=0                 # augmentation hint: pad each side by so many pixels, then crop back at random
-    flip:bool=False           # augmentation hint: mirror left and right with probability 1/2
-    unit:str='epoch'          # what `length` and `milestones` count: 'epoch' or 'step'
-    name:str=''               # in `PRESETS`
-    source:str=''             # paper and section
 
-    def lr_at(self,
-        time:float, # since the start, in `unit`s; 100 is the start of the 101st
-    )->float:       # the learning rate there
+    length: float  # of training, in `unit`s
+    lr: float = 0.1  # initial learning rate
+    milestones: tuple = ()  # times at which the rate is multiplied by `factor`, in `unit`s
+    factor: float = 0.1  # by which the rate changes at a milestone
+    batch_size: int | None = 128  # images an update; None where the paper does not say
+    optimizer: str = 'sgd'  # 'sgd' (momentum, no dampening, no Nesterov) or 'adam'
+    mom: float = 0.9  # momentum; Adam's β₁
+    sqr_mom: float = 0.99  # Adam's β₂
+    wd: float = 1e-4  # weight decay, added to the gradient as λθ
+    wd_bn_bias: bool = (
+        True  # do biases and normalisation layers decay too, as in torch?
+    )
+    pad: int = 0  # augmentation hint: pad each side by so many pixels, then crop back at random
+    flip: bool = False  # augmentation hint: mirror left and right with probability 1/2
+    unit: str = 'epoch'  # what `length` and `milestones` count: 'epoch' or 'step'
+    name: str = ''  # in `PRESETS`
+    source: str = ''  # paper and section
+
+    def lr_at(
+        self,
+        time: float,  # since the start, in `unit`s; 100 is the start of the 101st
+    ) -> float:  # the learning rate there
         "The step schedule; a time within 1e-6 of a milestone has passed it."
-        return self.lr*self.factor**sum(time > m - 1e-6 for m in self.milestones)
+        return self.lr * self.factor ** sum(time > m - 1e-6 for m in self.milestones)
 
 # %% ../nbs/04c_schedules.ipynb #0a857aeb
 @patch
-def scaled(self:Preset,
-    epochs:int, # length of the variant, in epochs, at least 1
-)->Preset:      # the same with `length` and `milestones` scaled, counted in epochs
+def scaled(
+    self: Preset,
+    epochs: int,  # length of the variant, in epochs, at least 1
+) -> Preset:  # the same with `length` and `milestones` scaled, counted in epochs
     "The schedule at another length, milestones at the same fractions of it; the learning rate stays."
-    if epochs < 1: raise InputError(f'epochs must be at least 1, got {epochs}')
-    return replace(self, length=epochs, milestones=tuple(m*epochs/self.length for m in self.milestones), unit='epoch')
+    if epochs < 1:
+        raise InputError(f'epochs must be at least 1, got {epochs}')
+    return replace(
+        self,
+        length=epochs,
+        milestones=tuple(m * epochs / self.length for m in self.milestones),
+        unit='epoch',
+    )
 
 # %% ../nbs/04c_schedules.ipynb #78bde749
 @patch
-def opt_func(self:Preset)->partial: # for `Learner(opt_func=…)`
+def opt_func(self: Preset) -> partial:  # for `Learner(opt_func=…)`
     "The fastai optimizer that equals torch's, with L2 regularisation; Adam's ε is torch's 1e-8."
     choose(self.optimizer, dict(sgd=SGD, adam=Adam), 'optimizer')
-    if self.optimizer == 'sgd': return partial(SGD, mom=self.mom, wd=self.wd, decouple_wd=False)
-    return partial(Adam, mom=self.mom, sqr_mom=self.sqr_mom, eps=1e-8, wd=self.wd, decouple_wd=False)
+    if self.optimizer == 'sgd':
+        return partial(SGD, mom=self.mom, wd=self.wd, decouple_wd=False)
+    return partial(
+        Adam,
+        mom=self.mom,
+        sqr_mom=self.sqr_mom,
+        eps=1e-8,
+        wd=self.wd,
+        decouple_wd=False,
+    )
 
 # %% ../nbs/04c_schedules.ipynb #7fd5eb70
 @patch
-def epochs(self:Preset,
-    steps_per_epoch:int|None=None, # batches in the training loader; needed where `unit` is 'step'
-)->int:                            # passes over the loader, the last one perhaps cut short
+def epochs(
+    self: Preset,
+    steps_per_epoch: int
+    | None = None,  # batches in the training loader; needed where `unit` is 'step'
+) -> int:  # passes over the loader, the last one perhaps cut short
     "How many epochs a fit needs for this preset."
-    if self.unit == 'epoch': return math.ceil(self.length)
-    if not steps_per_epoch: raise InputError(f'{self.name or "this preset"} counts steps: say how many make an epoch, steps_per_epoch=len(dls.train)')
-    return math.ceil(self.length/steps_per_epoch)
+    if self.unit == 'epoch':
+        return math.ceil(self.length)
+    if not steps_per_epoch:
+        raise InputError(
+            f'{self.name or "this preset"} counts steps: say how many make an epoch, steps_per_epoch=len(dls.train)'
+        )
+    return math.ceil(self.length / steps_per_epoch)
 
 # %% ../nbs/04c_schedules.ipynb #b5bd7a1c
 class _StopAfter(Callback):
     "End the last epoch after `n` steps in all; validation follows as usual."
+
     order, run_valid = 70, False
-    def __init__(self, n): self.n = n
+
+    def __init__(self, n):
+        self.n = n
+
     def after_batch(self):
-        if self.epoch*self.n_iter + self.iter + 1 >= self.n: raise CancelTrainException()
-    def after_cancel_train(self): # the recorder would leave the training loss out of its row
-        if hasattr(self.learn, 'recorder'): self.recorder.cancel_train = False
+        if self.epoch * self.n_iter + self.iter + 1 >= self.n:
+            raise CancelTrainException()
+
+    def after_cancel_train(
+        self,
+    ):  # the recorder would leave the training loss out of its row
+        if hasattr(self.learn, 'recorder'):
+            self.recorder.cancel_train = False
 
 # %% ../nbs/04c_schedules.ipynb #76ce6cee
 @patch
-def callbacks(self:Preset,
-    steps_per_epoch:int|None=None, # batches in the training loader; needed where `unit` is 'step'
-)->list:                           # for `learn.fit(preset.epochs(…), cbs=…)`
+def callbacks(
+    self: Preset,
+    steps_per_epoch: int
+    | None = None,  # batches in the training loader; needed where `unit` is 'step'
+) -> list:  # for `learn.fit(preset.epochs(…), cbs=…)`
     "A `ParamScheduler` of the learning rate; where steps are counted, also a callback that stops at the last."
-    in_all = self.epochs(steps_per_epoch)*(steps_per_epoch if self.unit == 'step' else 1)
-    scheduler = ParamScheduler({'lr': lambda share: self.lr_at(share*in_all)})
+    in_all = self.epochs(steps_per_epoch) * (
+        steps_per_epoch if self.unit == 'step' else 1
+    )
+    scheduler = ParamScheduler({'lr': lambda share: self.lr_at(share * in_all)})
     return [scheduler] if self.unit == 'epoch' else [scheduler, _StopAfter(self.length)]
 
 # %% ../nbs/04c_schedules.ipynb #783a6d87
 PRESETS = {}
 
 # %% ../nbs/04c_schedules.ipynb #5554146d
-def _preset(f): # file what `f` returns under its name, with its docstring as the source
-    PRESETS[f.__name__] = replace(f(), name=f.__name__, source=' '.join(f.__doc__.split()))
+def _preset(
+    f,
+):  # file what `f` returns under its name, with its docstring as the source
+    PRESETS[f.__name__] = replace(
+        f(), name=f.__name__, source=' '.join(f.__doc__.split())
+    )
     return wraps(f)(lambda: PRESETS[f.__name__])
 
 # %% ../nbs/04c_schedules.ipynb #4ca9ca2a
 @_preset
-def he2016_cifar()->Preset: # 200 epochs
+def he2016_cifar() -> Preset:  # 200 epochs
     """COT §3.2 and GCE §5.1 (CIFAR, SVHN), both after He et al. 2016: SGD 0.9, decay 1e-4, 0.1 ÷10 at epochs 100 and 150 of 200.
     Batches of 128 and the augmentation (pad 4, crop, mirror) are COT's; GCE prints neither."""
     return Preset(200, 0.1, (100, 150), pad=4, flip=True)
 
 # %% ../nbs/04c_schedules.ipynb #0e9b9aec
 @_preset
-def wrn()->Preset: # 200 epochs
+def wrn() -> Preset:  # 200 epochs
     """COT §3.2 (WideResNet-28-10): as `he2016_cifar`, but ÷10 at epochs 60, 120 and 180.
     COT names Zagoruyko & Komodakis 2016, who print other values (×0.2 at 60, 120, 160, decay 5e-4, Nesterov); here COT's text is followed."""
     return replace(he2016_cifar(), milestones=(60, 120, 180))
 
 # %% ../nbs/04c_schedules.ipynb #dba0d48e
 @_preset
-def imagenet()->Preset: # 90 epochs
+def imagenet() -> Preset:  # 90 epochs
     """COT §3.2 (ImageNet-2012, ResNet-50), after Goyal et al. 2017: batches of 256, 0.1 ÷10 at epochs 30, 60 and 80 of 90.
     Momentum and decay are those of the section's beginning."""
     return Preset(90, 0.1, (30, 60, 80), batch_size=256, flip=True)
 
 # %% ../nbs/04c_schedules.ipynb #c733e44d
 @_preset
-def tiny_imagenet()->Preset: # 200 epochs
+def tiny_imagenet() -> Preset:  # 200 epochs
     """COT §3.2 ("the same as at the beginning of Section 3.2") and GCE §5.1 (ResNet-50): the schedule of `he2016_cifar`.
     COT crops at random and mirrors in training, and tests on the central 56×56 pixels."""
     return replace(he2016_cifar(), pad=0)
 
 # %% ../nbs/04c_schedules.ipynb #9b182a44
 @_preset
-def speech_commands()->Preset: # 30 epochs
+def speech_commands() -> Preset:  # 30 epochs
     """COT §3.3 (Google Commands, VGG-11 on spectrograms): SGD "with momentum" (0.9 here), decay 1e-4, 1e-4 ÷10 at epochs 10 and 20 of 30.
     The batch size is not printed."""
     return Preset(30, 1e-4, (10, 20), batch_size=None)
 
 # %% ../nbs/04c_schedules.ipynb #9dd2cf1e
 @_preset
-def mnist_adam()->Preset: # 20 epochs
+def mnist_adam() -> Preset:  # 20 epochs
     """GCE §5.1 (MNIST, LeNet-5, Adam), completed from the released program: rate 1e-3 throughout, β = (0.9, 0.99),
     20 epochs in batches of 64, no decay, no augmentation."""
-    return Preset(20, 1e-3, batch_size=64, optimizer='adam', wd=0.)
+    return Preset(20, 1e-3, batch_size=64, optimizer='adam', wd=0.0)
 
 # %% ../nbs/04c_schedules.ipynb #500cd381
 @_preset
-def rce_mnist()->Preset: # 20,000 updates
+def rce_mnist() -> Preset:  # 20,000 updates
     """RCE §4.2 (MNIST, ResNet-32/56): 20,000 updates, completed from the released program: SGD 0.9 in batches of 128,
     decay 2e-4 of weights only, 0.1 ÷10 at 10,000 and 15,000."""
     return Preset(20_000, 0.1, (10_000, 15_000), wd=2e-4, wd_bn_bias=False, unit='step')
 
 # %% ../nbs/04c_schedules.ipynb #a3ac4c7b
 @_preset
-def rce_cifar()->Preset: # 90,000 updates
+def rce_cifar() -> Preset:  # 90,000 updates
     """RCE §4.2 (CIFAR-10, ResNet-32/56): 90,000 updates, completed from the released program: SGD 0.9 in batches of 128,
     decay 2e-4 of weights only, 0.1 ÷10 at 40,000, 60,000 and 80,000; pad 2, crop, mirror."""
-    return Preset(90_000, 0.1, (40_000, 60_000, 80_000), wd=2e-4, wd_bn_bias=False, pad=2, flip=True, unit='step')
+    return Preset(
+        90_000,
+        0.1,
+        (40_000, 60_000, 80_000),
+        wd=2e-4,
+        wd_bn_bias=False,
+        pad=2,
+        flip=True,
+        unit='step',
+    )
 
 # %% ../nbs/04c_schedules.ipynb #3384cfe7
 @patch
-def fit_preset(self:Learner,
-    preset,               # a `Preset`, or a name in `PRESETS`
-    epochs:int|None=None, # so many epochs instead of the paper's length, milestones at the same fractions
-    cbs=None,             # further callbacks
-    start_epoch:int=0,    # go on from this epoch, with the optimizer's state as loaded by `learn.load`
+def fit_preset(
+    self: Learner,
+    preset,  # a `Preset`, or a name in `PRESETS`
+    epochs: int
+    | None = None,  # so many epochs instead of the paper's length, milestones at the same fractions
+    cbs=None,  # further callbacks
+    start_epoch: int = 0,  # go on from this epoch, with the optimizer's state as loaded by `learn.load`
 ):
     "Train as a preset says; the learner keeps the preset's optimizer."
-    if isinstance(preset, str): preset = choose(preset, PRESETS, 'preset')
-    if epochs is not None: preset = preset.scaled(epochs)
+    if isinstance(preset, str):
+        preset = choose(preset, PRESETS, 'preset')
+    if epochs is not None:
+        preset = preset.scaled(epochs)
     batch_size, steps = getattr(self.dls.train, 'bs', None), len(self.dls.train)
     if batch_size and preset.batch_size not in (None, batch_size):
-        warnings.warn(f'batches of {batch_size}, the preset {preset.name} has {preset.batch_size}: the learning rate is left at {preset.lr}', stacklevel=2)
+        warnings.warn(
+            f'batches of {batch_size}, the preset {preset.name} has {preset.batch_size}: the learning rate is left at {preset.lr}',
+            stacklevel=2,
+        )
     _set_optimizer(self, preset, keep_state=start_epoch > 0)
-    self.fit(preset.epochs(steps), preset.lr, wd=preset.wd, cbs=[*preset.callbacks(steps), *(cbs or [])], start_epoch=start_epoch)
+    self.fit(
+        preset.epochs(steps),
+        preset.lr,
+        wd=preset.wd,
+        cbs=[*preset.callbacks(steps), *(cbs or [])],
+        start_epoch=start_epoch,
+    )
 
 # %% ../nbs/04c_schedules.ipynb #29a2db90
-def _set_optimizer(learn:Learner, preset:Preset, keep_state:bool): # a fresh optimizer of the preset's kind
+def _set_optimizer(
+    learn: Learner, preset: Preset, keep_state: bool
+):  # a fresh optimizer of the preset's kind
     state = learn.opt.state_dict() if keep_state and learn.opt else None
     learn.opt_func, learn.wd_bn_bias = preset.opt_func(), preset.wd_bn_bias
     learn.create_opt()
-    if state: learn.opt.load_state_dict(state)
+    if state:
+        learn.opt.load_state_dict(state)

@@ -18,290 +18,542 @@ from .checkpoints import load_tensors
 from .core import InputError, atomic_write, pick_device
 from .data import ImageData, load_data
 from .evaluation import SCORES, chosen_pairs, mean_std
-from .figures import plot_accuracy, plot_hidden, plot_histograms, plot_roc
+from complement_objectives.figures import (
+    plot_accuracy,
+    plot_hidden,
+    plot_histograms,
+    plot_roc,
+)
 from .report import listed, write_report
-from .runs import KNOW_DETECTOR, StudyConfig, attacked_indices, load_scores, open_folder, run_parts, size_name
+from complement_objectives.runs import (
+    KNOW_DETECTOR,
+    StudyConfig,
+    attacked_indices,
+    load_scores,
+    open_folder,
+    run_parts,
+    size_name,
+)
 from .training import OBJECTIVES
 
 # %% ../nbs/11_study.ipynb #67a6837e
 def over_seeds(
-    shares,           # a number a seed; NaN where a seed has none
-    none:str='–',     # what to say where no seed has one
-)->str:               # '97.1 ± 0.3', or with ' (2 of 3 seeds)' where a seed is missing
+    shares,  # a number a seed; NaN where a seed has none
+    none: str = '–',  # what to say where no seed has one
+) -> str:  # '97.1 ± 0.3', or with ' (2 of 3 seeds)' where a seed is missing
     "Mean and sample standard deviation in percent, and over how many seeds where it is not all of them."
     known = [v for v in shares if not math.isnan(v)]
-    if not known: return none
-    return mean_std(known, factor=100) + (f' ({len(known)} of {len(shares)} seeds)' if len(known) < len(shares) else '')
+    if not known:
+        return none
+    return mean_std(known, factor=100) + (
+        f' ({len(known)} of {len(shares)} seeds)' if len(known) < len(shares) else ''
+    )
 
 # %% ../nbs/11_study.ipynb #7e3bed98
-def _sizes(runs:list)->list: # every attack with every size it ran at
+def _sizes(runs: list) -> list:  # every attack with every size it ran at
     return [(name, size) for name, a in runs[0]['attacks'].items() for size in a['eps']]
 
-def _columns(runs:list, cell, none='–')->dict: # objective's title → text, `cell` giving a run's number
-    titles = dict.fromkeys(OBJECTIVES[r['objective']].title for r in runs)
-    return {t: over_seeds([cell(r) for r in runs if OBJECTIVES[r['objective']].title == t], none) for t in titles}
 
-def _table(rows:dict, names:list)->pd.DataFrame: # index tuples → columns
-    return pd.DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=names))
+def _columns(
+    runs: list, cell, none='–'
+) -> dict:  # objective's title → text, `cell` giving a run's number
+    titles = dict.fromkeys(OBJECTIVES[r['objective']].title for r in runs)
+    return {
+        t: over_seeds(
+            [cell(r) for r in runs if OBJECTIVES[r['objective']].title == t], none
+        )
+        for t in titles
+    }
+
+
+def _table(rows: dict, names: list) -> pd.DataFrame:  # index tuples → columns
+    return pd.DataFrame(
+        rows.values(), index=pd.MultiIndex.from_tuples(rows, names=names)
+    )
 
 # %% ../nbs/11_study.ipynb #85938e44
 def accuracy_table(
-    runs:list, # as `finish_run` gives them
-)->pd.DataFrame: # index (attack, eps), a column an objective, text in percent
+    runs: list,  # as `finish_run` gives them
+) -> pd.DataFrame:  # index (attack, eps), a column an objective, text in percent
     "Accuracy on clean images, under each attack and, of two or more at the same ε, in their worst case; and how often there was no gradient."
     rows = {('clean', ''): _columns(runs, lambda r: r['clean']['accuracy'])}
-    for name, size in _sizes(runs): rows[name, size] = _columns(runs, lambda r: r['attacks'][name]['eps'][size]['accuracy'])
-    for eps in runs[0]['worst_case']: rows['worst case', eps] = _columns(runs, lambda r: r['worst_case'][eps])
-    rows['zero gradients', ''] = _columns(runs, lambda r: r['clean']['zero_gradient_share'])
+    for name, size in _sizes(runs):
+        rows[name, size] = _columns(
+            runs, lambda r: r['attacks'][name]['eps'][size]['accuracy']
+        )
+    for eps in runs[0]['worst_case']:
+        rows['worst case', eps] = _columns(runs, lambda r: r['worst_case'][eps])
+    rows['zero gradients', ''] = _columns(
+        runs, lambda r: r['clean']['zero_gradient_share']
+    )
     return _table(rows, ['attack', 'eps'])
 
 # %% ../nbs/11_study.ipynb #93ccf5a9
 def detection_table(
-    runs:list, # as `finish_run` gives them
-)->pd.DataFrame: # index (attack, eps, score), a column an objective, text in units of 0.01
+    runs: list,  # as `finish_run` gives them
+) -> (
+    pd.DataFrame
+):  # index (attack, eps, score), a column an objective, text in units of 0.01
     "AUC × 100 of each detection score over the images that were right and then fooled (as RCE Table 2)."
-    rows = {(name, size, score): _columns(runs, lambda r: r['attacks'][name]['eps'][size]['auc'][score], 'nothing fooled')
-            for name, size in _sizes(runs) for score in SCORES}
+    rows = {
+        (name, size, score): _columns(
+            runs,
+            lambda r: r['attacks'][name]['eps'][size]['auc'][score],
+            'nothing fooled',
+        )
+        for name, size in _sizes(runs)
+        for score in SCORES
+    }
     return _table(rows, ['attack', 'eps', 'score'])
 
 # %% ../nbs/11_study.ipynb #17924e15
-def _accuracies(runs:list)->pd.DataFrame: # a row for each run, attack with an ε (and the worst case of several) and ε, clean at ε = 0
+def _accuracies(
+    runs: list,
+) -> pd.DataFrame:  # a row for each run, attack with an ε (and the worst case of several) and ε, clean at ε = 0
     def rows(r):
-        by_attack = {name: {e: v['accuracy'] for e, v in a['eps'].items()} for name, a in r['attacks'].items() if 'own' not in a['eps']}
-        if r['worst_case']: by_attack[f"worst case of {len(r['worst_case_over'])}"] = r['worst_case']
-        return [dict(objective=OBJECTIVES[r['objective']].title, seed=r['seed'], attack=name, eps=float(e), accuracy=v)
-                for name, values in by_attack.items() for e, v in ({'0.0': r['clean']['accuracy']} | values).items()]
+        by_attack = {
+            name: {e: v['accuracy'] for e, v in a['eps'].items()}
+            for name, a in r['attacks'].items()
+            if 'own' not in a['eps']
+        }
+        if r['worst_case']:
+            by_attack[f'worst case of {len(r["worst_case_over"])}'] = r['worst_case']
+        return [
+            dict(
+                objective=OBJECTIVES[r['objective']].title,
+                seed=r['seed'],
+                attack=name,
+                eps=float(e),
+                accuracy=v,
+            )
+            for name, values in by_attack.items()
+            for e, v in ({'0.0': r['clean']['accuracy']} | values).items()
+        ]
+
     return pd.DataFrame([row for r in runs for row in rows(r)])
 
-def _save(fig, path:Path)->Path: # a PNG in one step
-    with atomic_write(path) as temporary: fig.savefig(temporary, dpi=110, bbox_inches='tight')
+
+def _save(fig, path: Path) -> Path:  # a PNG in one step
+    with atomic_write(path) as temporary:
+        fig.savefig(temporary, dpi=110, bbox_inches='tight')
     plt.close(fig)
     return path
 
 # %% ../nbs/11_study.ipynb #008db568
 def accuracy_figure(
-    runs:list, # as `finish_run` gives them
-):             # a matplotlib figure
+    runs: list,  # as `finish_run` gives them
+):  # a matplotlib figure
     "Accuracy against ε: a panel for each attack that has one, and one for the worst case of two or more."
-    if _accuracies(runs).empty: raise InputError('no attack of these runs has an ε to draw accuracy against')
+    if _accuracies(runs).empty:
+        raise InputError('no attack of these runs has an ε to draw accuracy against')
     panels = list(_accuracies(runs).groupby('attack', sort=False))
     n_columns = min(4, len(panels))
-    n_rows = math.ceil(len(panels)/n_columns)
-    fig, axs = plt.subplots(n_rows, n_columns, figsize=(3.2*n_columns, 2.8*n_rows), sharey=True, squeeze=False)
-    for (name, rows), ax in zip(panels, axs.flat): plot_accuracy(rows, name, ax).label_outer()
-    for ax in axs.flat[len(panels):]: ax.axis('off')
+    n_rows = math.ceil(len(panels) / n_columns)
+    fig, axs = plt.subplots(
+        n_rows,
+        n_columns,
+        figsize=(3.2 * n_columns, 2.8 * n_rows),
+        sharey=True,
+        squeeze=False,
+    )
+    for (name, rows), ax in zip(panels, axs.flat):
+        plot_accuracy(rows, name, ax).label_outer()
+    for ax in axs.flat[len(panels) :]:
+        ax.axis('off')
     return fig
 
 # %% ../nbs/11_study.ipynb #f48f4d1c
-def _shown(config:StudyConfig)->tuple: # the attack and ε of the figures of single images
-    name = next((o for o in reversed(config.attacks) if radii(o, config.eps) != [None]), config.attacks[-1])
+def _shown(
+    config: StudyConfig,
+) -> tuple:  # the attack and ε of the figures of single images
+    name = next(
+        (o for o in reversed(config.attacks) if radii(o, config.eps) != [None]),
+        config.attacks[-1],
+    )
     sizes = radii(name, config.eps)
-    return name, size_name(sizes[len(sizes)//2])
+    return name, size_name(sizes[len(sizes) // 2])
 
-def _pairs(config:StudyConfig, data:ImageData, out:Path)->dict: # title → clean and adversarial scores of the fooled images, seed 0
+
+def _pairs(
+    config: StudyConfig, data: ImageData, out: Path
+) -> dict:  # title → clean and adversarial scores of the fooled images, seed 0
     (name, eps), index = _shown(config), attacked_indices(config, data)
     y = data.test_y[index]
+
     def pair(objective):
-        folder = out/'runs'/f'{objective}-0'
+        folder = out / 'runs' / f'{objective}-0'
         normal = load_scores(folder, 'clean').iloc[index].reset_index(drop=True)
         adversarial = load_scores(folder, name, eps)
-        fooled = chosen_pairs(normal['predicted'].to_numpy(), adversarial['predicted'].to_numpy(), y).numpy()
+        fooled = chosen_pairs(
+            normal['predicted'].to_numpy(), adversarial['predicted'].to_numpy(), y
+        ).numpy()
         return normal[fooled], adversarial[fooled]
+
     return {OBJECTIVES[o].title: pair(o) for o in config.objectives}
 
 # %% ../nbs/11_study.ipynb #791f9fd6
 def score_figure(
-    pairs:dict, # objective's title → (scores of clean images, of their adversarial versions)
-):              # a matplotlib figure
+    pairs: dict,  # objective's title → (scores of clean images, of their adversarial versions)
+):  # a matplotlib figure
     "Histograms of every score for every objective."
-    fig, axs = plt.subplots(len(pairs), len(SCORES), figsize=(3.6*len(SCORES), 2.2*len(pairs)), squeeze=False)
+    fig, axs = plt.subplots(
+        len(pairs),
+        len(SCORES),
+        figsize=(3.6 * len(SCORES), 2.2 * len(pairs)),
+        squeeze=False,
+    )
     for (title, (normal, adversarial)), row in zip(pairs.items(), axs):
-        for score, ax in zip(SCORES, row): plot_histograms(normal[score], adversarial[score], f'{title}, {score}', ax=ax)
+        for score, ax in zip(SCORES, row):
+            plot_histograms(
+                normal[score], adversarial[score], f'{title}, {score}', ax=ax
+            )
     fig.tight_layout()
     return fig
 
 # %% ../nbs/11_study.ipynb #4d90b7a7
 def roc_figure(
-    pairs:dict, # objective's title → (scores of clean images, of their adversarial versions)
-):              # a matplotlib figure
+    pairs: dict,  # objective's title → (scores of clean images, of their adversarial versions)
+):  # a matplotlib figure
     "A panel for each score with the ROC curves of all objectives."
-    fig, axs = plt.subplots(1, len(SCORES), figsize=(3.3*len(SCORES), 3.3))
-    for score, ax in zip(SCORES, axs): plot_roc({t: (n[score], a[score]) for t, (n, a) in pairs.items()}, score, ax)
+    fig, axs = plt.subplots(1, len(SCORES), figsize=(3.3 * len(SCORES), 3.3))
+    for score, ax in zip(SCORES, axs):
+        plot_roc({t: (n[score], a[score]) for t, (n, a) in pairs.items()}, score, ax)
     fig.tight_layout()
     return fig
 
 # %% ../nbs/11_study.ipynb #b203e4b5
 def hidden_figure(
-    config:StudyConfig, # the study
-    data:ImageData,     # its data
-    out:Path,           # its folder, with the runs of seed 0
-):                      # a matplotlib figure
+    config: StudyConfig,  # the study
+    data: ImageData,  # its data
+    out: Path,  # its folder, with the runs of seed 0
+):  # a matplotlib figure
     "t-SNE of the final hidden vectors of up to 1,000 test images, a panel for each objective."
     n = len(config.objectives)
-    fig, axs = plt.subplots(1, n, figsize=(3*n, 3), squeeze=False)
+    fig, axs = plt.subplots(1, n, figsize=(3 * n, 3), squeeze=False)
     for objective, ax in zip(config.objectives, axs[0]):
-        z = load_tensors(out/'runs'/f'{objective}-0'/'clean.safetensors')['hidden']
-        plot_hidden(z, data.test_y[:len(z)], OBJECTIVES[objective].title, ax=ax)
+        z = load_tensors(out / 'runs' / f'{objective}-0' / 'clean.safetensors')[
+            'hidden'
+        ]
+        plot_hidden(z, data.test_y[: len(z)], OBJECTIVES[objective].title, ax=ax)
     return fig
 
 # %% ../nbs/11_study.ipynb #5d4a1f69
-def _with_eps(runs)->list: # names of the attacks that kept to an ε
+def _with_eps(runs) -> list:  # names of the attacks that kept to an ε
     return [name for name, a in runs[0]['attacks'].items() if 'own' not in a['eps']]
 
-def _own(runs)->list: # names of those at a budget of their own
+
+def _own(runs) -> list:  # names of those at a budget of their own
     return [name for name, a in runs[0]['attacks'].items() if 'own' in a['eps']]
 
-def _training_words(config:StudyConfig)->str: # how the networks were trained
-    details = dict(cot='COT makes a second update on every batch.', gce=f'GCE has α = {config.alpha:.4g}.',
-                   rce="RCE's networks are read with their logits negated, as they predict.")
-    trained = (f'Data set {config.dataset}, network {config.model}; {config.epochs} {_plural("epoch", config.epochs)} of Adam at a constant learning rate of '
-               f'{config.lr:g}, {config.batch_size} images an update. The last epoch counts.')
+
+def _training_words(config: StudyConfig) -> str:  # how the networks were trained
+    details = dict(
+        cot='COT makes a second update on every batch.',
+        gce=f'GCE has α = {config.alpha:.4g}.',
+        rce="RCE's networks are read with their logits negated, as they predict.",
+    )
+    trained = (
+        f'Data set {config.dataset}, network {config.model}; {config.epochs} {_plural("epoch", config.epochs)} of Adam at a constant learning rate of '
+        f'{config.lr:g}, {config.batch_size} images an update. The last epoch counts.'
+    )
     return ' '.join([trained, *(details[o] for o in config.objectives if o in details)])
 
-def _plural(word, n): return word if n == 1 else f'{word}s'
 
-def _seed_words(config:StudyConfig)->str: # over which networks a number is
-    if config.seeds == 1: return 'Entries are in percent and of one network each (seed 0): how much another seed would change them is not known.'
-    return (f'Entries are in percent, mean ± sample standard deviation over {config.seeds} seeds (0 to {config.seeds - 1}); '
-            'one that fewer seeds could give says over how many it is.')
+def _plural(word, n):
+    return word if n == 1 else f'{word}s'
 
-def _image_words(runs:list)->str: # over which images
-    total, n = runs[0]['clean']['images'], next(iter(runs[0]['attacks'].values()))['images']
-    return f'Clean accuracy is over all {total} test images; ' + ('all of them are attacked.' if n == total else f'{n} of them, spread evenly, are attacked.')
+
+def _seed_words(config: StudyConfig) -> str:  # over which networks a number is
+    if config.seeds == 1:
+        return 'Entries are in percent and of one network each (seed 0): how much another seed would change them is not known.'
+    return (
+        f'Entries are in percent, mean ± sample standard deviation over {config.seeds} seeds (0 to {config.seeds - 1}); '
+        'one that fewer seeds could give says over how many it is.'
+    )
+
+
+def _image_words(runs: list) -> str:  # over which images
+    total, n = (
+        runs[0]['clean']['images'],
+        next(iter(runs[0]['attacks'].values()))['images'],
+    )
+    return f'Clean accuracy is over all {total} test images; ' + (
+        'all of them are attacked.'
+        if n == total
+        else f'{n} of them, spread evenly, are attacked.'
+    )
 
 # %% ../nbs/11_study.ipynb #3e494d5e
-def _by(runs, names, setting)->dict: # value of a setting → names of the attacks that have it
+def _by(
+    runs, names, setting
+) -> dict:  # value of a setting → names of the attacks that have it
     groups = {}
-    for name in names: groups.setdefault(str(runs[0]['attacks'][name]['settings'].get(setting) or ''), []).append(name)
+    for name in names:
+        groups.setdefault(
+            str(runs[0]['attacks'][name]['settings'].get(setting) or ''), []
+        ).append(name)
     return groups
 
-def _attack_words(config:StudyConfig, runs:list)->str: # norms, sizes and losses
-    sizes = f"{_plural('size', len(config.eps))} ε = {listed(config.eps)}, in units of the pixel range"
-    words = [f'{listed(names)} ran in the {norm} norm at the {sizes}.' for norm, names in _by(runs, _with_eps(runs), 'norm').items()]
-    words += [f"{listed(names)} ({norm}) looked for the smallest change, once, within a budget of {'its' if len(names) == 1 else 'their'} own: 'own' in the tables."
-              for norm, names in _by(runs, _own(runs), 'norm').items()]
-    losses = {loss: names for loss, names in _by(runs, list(runs[0]['attacks']), 'loss').items() if loss}
-    words += [f"{listed(names)} followed the loss {loss}." for loss, names in losses.items()]
+
+def _attack_words(config: StudyConfig, runs: list) -> str:  # norms, sizes and losses
+    sizes = f'{_plural("size", len(config.eps))} ε = {listed(config.eps)}, in units of the pixel range'
+    words = [
+        f'{listed(names)} ran in the {norm} norm at the {sizes}.'
+        for norm, names in _by(runs, _with_eps(runs), 'norm').items()
+    ]
+    words += [
+        f"{listed(names)} ({norm}) looked for the smallest change, once, within a budget of {'its' if len(names) == 1 else 'their'} own: 'own' in the tables."
+        for norm, names in _by(runs, _own(runs), 'norm').items()
+    ]
+    losses = {
+        loss: names
+        for loss, names in _by(runs, list(runs[0]['attacks']), 'loss').items()
+        if loss
+    }
+    words += [
+        f'{listed(names)} followed the loss {loss}.' for loss, names in losses.items()
+    ]
     return ' '.join(words)
 
-def _worst_words(runs:list)->str: # over which attacks the worst case is, and which it leaves out
-    over, own = runs[0]['worst_case_over'], _own(runs)
-    left_out = f"; {listed(own)}, without an ε, {'is' if len(own) == 1 else 'are'} not in it" if own else ''
-    if over: return f"The worst case at an ε counts an image as right only if {'both ' if len(over) == 2 else ''}{listed(over)} failed on it{left_out}."
-    alone = _with_eps(runs)
-    return f"There is no worst case: {f'only {listed(alone)}' if alone else 'no attack'} ran at a given ε."
 
-def _reading(config:StudyConfig, runs:list)->list: # how the numbers came about, in words
+def _worst_words(
+    runs: list,
+) -> str:  # over which attacks the worst case is, and which it leaves out
+    over, own = runs[0]['worst_case_over'], _own(runs)
+    left_out = (
+        f'; {listed(own)}, without an ε, {"is" if len(own) == 1 else "are"} not in it'
+        if own
+        else ''
+    )
+    if over:
+        return f'The worst case at an ε counts an image as right only if {"both " if len(over) == 2 else ""}{listed(over)} failed on it{left_out}.'
+    alone = _with_eps(runs)
+    return f'There is no worst case: {f"only {listed(alone)}" if alone else "no attack"} ran at a given ε.'
+
+
+def _reading(
+    config: StudyConfig, runs: list
+) -> list:  # how the numbers came about, in words
     knows = [name for name in runs[0]['attacks'] if name in KNOW_DETECTOR]
-    others = 'None of these attacks knew a detector.' if len(runs[0]['attacks']) > 1 else f'{listed(runs[0]["attacks"])} knew no detector.'
+    others = (
+        'None of these attacks knew a detector.'
+        if len(runs[0]['attacks']) > 1
+        else f'{listed(runs[0]["attacks"])} knew no detector.'
+    )
     knowing = f'{listed(knows)} knew the K-density detector.' if knows else others
-    return [f'{_training_words(config)} {_seed_words(config)}',
-            f'{_image_words(runs)} {_attack_words(config, runs)} {_worst_words(runs)}',
-            'Zero gradients is the share of clean test images where the input gradient of the cross-entropy is exactly zero.',
-            f'A stronger attack can only lower the accuracy. {knowing}']
+    return [
+        f'{_training_words(config)} {_seed_words(config)}',
+        f'{_image_words(runs)} {_attack_words(config, runs)} {_worst_words(runs)}',
+        'Zero gradients is the share of clean test images where the input gradient of the cross-entropy is exactly zero.',
+        f'A stronger attack can only lower the accuracy. {knowing}',
+    ]
 
 # %% ../nbs/11_study.ipynb #2a0562d3
-def _warnings(runs:list)->list: # plain words about masked gradients
-    shares = {f"{OBJECTIVES[r['objective']].title} seed {r['seed']}": r['clean']['zero_gradient_share'] for r in runs}
+def _warnings(runs: list) -> list:  # plain words about masked gradients
+    shares = {
+        f'{OBJECTIVES[r["objective"]].title} seed {r["seed"]}': r['clean'][
+            'zero_gradient_share'
+        ]
+        for r in runs
+    }
     blind = listed(name for name in runs[0]['attacks'] if name != 'square')
-    return [f'Careful: {100*v:.1f} % of the test images of {k} have an input gradient of exactly zero. What follows a gradient cannot '
-            f'move them' + (f'; their accuracy under {blind} is not a sign of robustness.' if blind else '.') for k, v in shares.items() if v > 0.01]
+    return [
+        f'Careful: {100 * v:.1f} % of the test images of {k} have an input gradient of exactly zero. What follows a gradient cannot '
+        f'move them'
+        + (
+            f'; their accuracy under {blind} is not a sign of robustness.'
+            if blind
+            else '.'
+        )
+        for k, v in shares.items()
+        if v > 0.01
+    ]
 
 # %% ../nbs/11_study.ipynb #9146f495
 def write_tables(
-    out:Path,   # the study's folder
-    runs:list,  # as `finish_run` gives them
-)->dict:        # 'accuracy' and 'detection' → data frame
+    out: Path,  # the study's folder
+    runs: list,  # as `finish_run` gives them
+) -> dict:  # 'accuracy' and 'detection' → data frame
     "Write both tables as CSV below `out/tables`."
     tables = dict(accuracy=accuracy_table(runs), detection=detection_table(runs))
     for name, frame in tables.items():
-        with atomic_write(out/'tables'/f'{name}.csv') as temporary: frame.to_csv(temporary)
+        with atomic_write(out / 'tables' / f'{name}.csv') as temporary:
+            frame.to_csv(temporary)
     return tables
 
 # %% ../nbs/11_study.ipynb #92ea4c94
 def write_figures(
-    config:StudyConfig, # the study
-    data:ImageData,     # its data
-    out:Path,           # its folder
-    runs:list,          # as `finish_run` gives them
-)->dict:                # of 'accuracy', 'scores', 'roc' and 'hidden' → path of a PNG
+    config: StudyConfig,  # the study
+    data: ImageData,  # its data
+    out: Path,  # its folder
+    runs: list,  # as `finish_run` gives them
+) -> dict:  # of 'accuracy', 'scores', 'roc' and 'hidden' → path of a PNG
     "Draw the figures into `out/figures`; accuracy against ε only where an attack has one."
     pairs, draw = _pairs(config, data, out), {}
-    if _with_eps(runs): draw['accuracy'] = lambda: accuracy_figure(runs)
+    if _with_eps(runs):
+        draw['accuracy'] = lambda: accuracy_figure(runs)
     draw['scores'] = lambda: score_figure(pairs)
     draw['roc'] = lambda: roc_figure(pairs)
     draw['hidden'] = lambda: hidden_figure(config, data, out)
-    return {name: _save(f(), out/'figures'/f'{name}.png') for name, f in draw.items()}
+    return {
+        name: _save(f(), out / 'figures' / f'{name}.png') for name, f in draw.items()
+    }
 
 # %% ../nbs/11_study.ipynb #a4d7758e
-def _devices(r)->str: # where a run was computed
-    return ', '.join(dict.fromkeys([r['clean']['device'], *(a['device'] for a in r['attacks'].values())]))
+def _devices(r) -> str:  # where a run was computed
+    return ', '.join(
+        dict.fromkeys(
+            [r['clean']['device'], *(a['device'] for a in r['attacks'].values())]
+        )
+    )
 
-def _run_table(runs:list)->pd.DataFrame: # a row a run
-    rows = [{'objective': OBJECTIVES[r['objective']].title, 'seed': r['seed'], 'training (s)': round(r['clean']['seconds'], 1),
-             'whole run (s)': round(r['seconds'], 1), 'device': _devices(r), 'σ²': f"{r['clean']['sigma2']:.3g}"} for r in runs]
+
+def _run_table(runs: list) -> pd.DataFrame:  # a row a run
+    rows = [
+        {
+            'objective': OBJECTIVES[r['objective']].title,
+            'seed': r['seed'],
+            'training (s)': round(r['clean']['seconds'], 1),
+            'whole run (s)': round(r['seconds'], 1),
+            'device': _devices(r),
+            'σ²': f'{r["clean"]["sigma2"]:.3g}',
+        }
+        for r in runs
+    ]
     return pd.DataFrame(rows)
 
-def _version_words(runs:list)->list: # a sentence for each set of versions that a network was trained with
-    sets = {}
-    for r in runs: sets.setdefault(', '.join(f'{k} {v}' for k, v in r['clean']['versions'].items()), []).append(f"{OBJECTIVES[r['objective']].title} seed {r['seed']}")
-    return [versions if len(sets) == 1 else f'{listed(names)}: {versions}' for versions, names in sets.items()]
 
-def _attack_table(runs:list)->pd.DataFrame: # the settings that the runs had, a row an attack; a second one where runs differ
-    rows = [dict(attack=name, **a['settings']) for r in runs for name, a in r['attacks'].items()]
-    return pd.DataFrame(rows, dtype=object).drop_duplicates().set_index('attack').fillna('')
+def _version_words(
+    runs: list,
+) -> list:  # a sentence for each set of versions that a network was trained with
+    sets = {}
+    for r in runs:
+        sets.setdefault(
+            ', '.join(f'{k} {v}' for k, v in r['clean']['versions'].items()), []
+        ).append(f'{OBJECTIVES[r["objective"]].title} seed {r["seed"]}')
+    return [
+        versions if len(sets) == 1 else f'{listed(names)}: {versions}'
+        for versions, names in sets.items()
+    ]
+
+
+def _attack_table(
+    runs: list,
+) -> (
+    pd.DataFrame
+):  # the settings that the runs had, a row an attack; a second one where runs differ
+    rows = [
+        dict(attack=name, **a['settings'])
+        for r in runs
+        for name, a in r['attacks'].items()
+    ]
+    return (
+        pd.DataFrame(rows, dtype=object)
+        .drop_duplicates()
+        .set_index('attack')
+        .fillna('')
+    )
 
 # %% ../nbs/11_study.ipynb #6a26c783
-_detection_reading = '''AUC × 100 over images that were right and then fooled. Higher scores mean more normal, 50 is guessing. Confidence is
-ranked by its log-odds, so that probabilities that round to 1 do not tie.'''
+_detection_reading = """AUC × 100 over images that were right and then fooled. Higher scores mean more normal, 50 is guessing. Confidence is
+ranked by its log-odds, so that probabilities that round to 1 do not tie."""
 
-def _accuracy_caption(config, runs)->str: # what the figure shows
-    several = f' Lines are means over {config.seeds} seeds, bands one standard deviation.' if config.seeds > 1 else ' Lines are of one network each (seed 0).'
-    worst = f" The worst case is over {listed(runs[0]['worst_case_over'])}." if runs[0]['worst_case_over'] else ''
-    return 'Accuracy against ε of ' + listed(_with_eps(runs)) + '; ε = 0 is clean accuracy.' + several + worst
 
-def _fooled_caption(config, runs)->str: # of which images the scores are
+def _accuracy_caption(config, runs) -> str:  # what the figure shows
+    several = (
+        f' Lines are means over {config.seeds} seeds, bands one standard deviation.'
+        if config.seeds > 1
+        else ' Lines are of one network each (seed 0).'
+    )
+    worst = (
+        f' The worst case is over {listed(runs[0]["worst_case_over"])}.'
+        if runs[0]['worst_case_over']
+        else ''
+    )
+    return (
+        'Accuracy against ε of '
+        + listed(_with_eps(runs))
+        + '; ε = 0 is clean accuracy.'
+        + several
+        + worst
+    )
+
+
+def _fooled_caption(config, runs) -> str:  # of which images the scores are
     name, eps = _shown(config)
-    counts = {OBJECTIVES[r['objective']].title: r['attacks'][name]['eps'][eps]['fooled'] for r in runs if r['seed'] == 0}
+    counts = {
+        OBJECTIVES[r['objective']].title: r['attacks'][name]['eps'][eps]['fooled']
+        for r in runs
+        if r['seed'] == 0
+    }
     where = 'its own budget' if eps == 'own' else f'ε = {eps}'
-    return f"{name} at {where}, seed 0, images that were right and then fooled (" + ', '.join(f"{t}: {n or 'none'}" for t, n in counts.items()) + ')'
+    return (
+        f'{name} at {where}, seed 0, images that were right and then fooled ('
+        + ', '.join(f'{t}: {n or "none"}' for t, n in counts.items())
+        + ')'
+    )
 
-def _hidden_caption(runs)->str:
-    return f"t-SNE of the final hidden vectors of the first {min(1000, runs[0]['clean']['images'])} test images, seed 0; colours are classes."
 
-def _sections(config:StudyConfig, runs:list, tables:dict, figures:dict)->dict: # heading → pieces of the report
-    captions = dict(accuracy=_accuracy_caption(config, runs), scores=f'Scores of {_fooled_caption(config, runs)}.',
-                    roc=f'ROC curves: {_fooled_caption(config, runs)}.', hidden=_hidden_caption(runs))
+def _hidden_caption(runs) -> str:
+    return f't-SNE of the final hidden vectors of the first {min(1000, runs[0]["clean"]["images"])} test images, seed 0; colours are classes.'
+
+
+def _sections(
+    config: StudyConfig, runs: list, tables: dict, figures: dict
+) -> dict:  # heading → pieces of the report
+    captions = dict(
+        accuracy=_accuracy_caption(config, runs),
+        scores=f'Scores of {_fooled_caption(config, runs)}.',
+        roc=f'ROC curves: {_fooled_caption(config, runs)}.',
+        hidden=_hidden_caption(runs),
+    )
     shown = {name: (path, captions[name]) for name, path in figures.items()}
     return {
-        'Accuracy': [*_reading(config, runs), *_warnings(runs), tables['accuracy'], *([shown['accuracy']] if 'accuracy' in shown else [])],
-        'Detection': [_detection_reading, tables['detection'], shown['scores'], shown['roc']],
+        'Accuracy': [
+            *_reading(config, runs),
+            *_warnings(runs),
+            tables['accuracy'],
+            *([shown['accuracy']] if 'accuracy' in shown else []),
+        ],
+        'Detection': [
+            _detection_reading,
+            tables['detection'],
+            shown['scores'],
+            shown['roc'],
+        ],
         'Hidden vectors': [shown['hidden']],
         'Attacks': [_attack_table(runs)],
-        'Runs': [_run_table(runs), *_version_words(runs)]}
+        'Runs': [_run_table(runs), *_version_words(runs)],
+    }
 
 # %% ../nbs/11_study.ipynb #54a2afa0
 def publish(
-    config:StudyConfig, # the study
-    data:ImageData,     # its data
-    out:Path,           # its folder
-    runs:list,          # as `finish_run` gives them
-)->Path:                # the report
+    config: StudyConfig,  # the study
+    data: ImageData,  # its data
+    out: Path,  # its folder
+    runs: list,  # as `finish_run` gives them
+) -> Path:  # the report
     "Write tables, figures and the report."
     tables, figures = write_tables(out, runs), write_figures(config, data, out, runs)
-    return write_report(out/'report.html', f"{listed(OBJECTIVES[o].title for o in config.objectives)} on {config.dataset}", _sections(config, runs, tables, figures))
+    return write_report(
+        out / 'report.html',
+        f'{listed(OBJECTIVES[o].title for o in config.objectives)} on {config.dataset}',
+        _sections(config, runs, tables, figures),
+    )
 
 # %% ../nbs/11_study.ipynb #66a8bcc8
 def study(
-    config:StudyConfig,      # from `StudyConfig.create`
-    out:str|Path|None=None,  # result folder; None for results/NAME, NAME being the data set's
-    root:str|Path|None=None, # where the data lie, see `load_data`
-    device:str='auto',       # 'auto', 'cpu' or 'cuda'
-    quiet:bool=False,        # no bar and no lines
-)->tuple:                    # the runs, and the path of the report
+    config: StudyConfig,  # from `StudyConfig.create`
+    out: str
+    | Path
+    | None = None,  # result folder; None for results/NAME, NAME being the data set's
+    root: str | Path | None = None,  # where the data lie, see `load_data`
+    device: str = 'auto',  # 'auto', 'cpu' or 'cuda'
+    quiet: bool = False,  # no bar and no lines
+) -> tuple:  # the runs, and the path of the report
     "Run a study or finish one that was interrupted."
     device = pick_device(device)
     data = load_data(config.dataset, root)
-    out = open_folder(out or Path('results')/config.dataset, config)
+    out = open_folder(out or Path('results') / config.dataset, config)
     runs = run_parts(config, data, out, device, quiet)
     return runs, publish(config, data, out, runs)

@@ -17,14 +17,15 @@ from .core import InputError
 from .detection import non_max_entropy
 
 # %% ../nbs/13_theory.ipynb #6451c5ca
-def _doubles(*tensors): # detached, in double precision, on the CPU
+def _doubles(*tensors):  # detached, in double precision, on the CPU
     return [torch.as_tensor(t).detach().cpu().double() for t in tensors]
 
+
 def boundary_crossing(
-    z:torch.Tensor,      # (D,) hidden vector
-    weight:torch.Tensor, # (L, D) of the last layer; negated for an RCE network, as is the bias
-    bias:torch.Tensor,   # (L,)
-)->torch.Tensor:         # (D,) float64, the nearest point of the boundary with the same differences between non-maximal logits
+    z: torch.Tensor,  # (D,) hidden vector
+    weight: torch.Tensor,  # (L, D) of the last layer; negated for an RCE network, as is the bias
+    bias: torch.Tensor,  # (L,)
+) -> torch.Tensor:  # (D,) float64, the nearest point of the boundary with the same differences between non-maximal logits
     "Where Q₀ of RCE Theorem 1 leaves the decision region of `z`; `InputError` where it never does."
     z, weight, bias = _doubles(z, weight, bias)
     logits = weight @ z + bias
@@ -32,157 +33,235 @@ def boundary_crossing(
     A = (weight[logits.argmax()] - weight)[torch.arange(len(bias)) != logits.argmax()]
     direction = -torch.linalg.pinv(A).sum(1)
     if (A @ direction + 1).abs().max() > 1e-6:
-        raise InputError('along Q₀ the margin is constant: the differences of the weight rows are linearly dependent')
-    return z + (top - second)*direction
+        raise InputError(
+            'along Q₀ the margin is constant: the differences of the weight rows are linearly dependent'
+        )
+    return z + (top - second) * direction
 
 # %% ../nbs/13_theory.ipynb #a5ddcdef
 def isoline_gap(
-    t:float, # value of non-ME, in (0, log 2]
-)->float:    # τ ≥ 0: non-ME of three classes is t where the two non-maximal logits differ by τ
+    t: float,  # value of non-ME, in (0, log 2]
+) -> (
+    float
+):  # τ ≥ 0: non-ME of three classes is t where the two non-maximal logits differ by τ
     "Half the width, in logits, of the strip non-ME ≥ t of three classes."
-    if not 0 < t <= math.log(2) + 1e-12: raise InputError(f't is {t}: non-ME of three classes lies in (0, log 2]')
-    def entropy(gap): return math.log1p(math.exp(-gap)) + gap/(1 + math.exp(gap))
-    low, high = 0., 700.
-    while high - low > 1e-13*(1 + high):
-        middle = (low + high)/2
+    if not 0 < t <= math.log(2) + 1e-12:
+        raise InputError(f't is {t}: non-ME of three classes lies in (0, log 2]')
+
+    def entropy(gap):
+        return math.log1p(math.exp(-gap)) + gap / (1 + math.exp(gap))
+
+    low, high = 0.0, 700.0
+    while high - low > 1e-13 * (1 + high):
+        middle = (low + high) / 2
         low, high = (middle, high) if entropy(middle) > t else (low, middle)
-    return (low + high)/2
+    return (low + high) / 2
 
 # %% ../nbs/13_theory.ipynb #996d04fb
 def accepted_region(
-    k:int,               # class
-    weight:torch.Tensor, # (3, 2) of the last layer
-    bias:torch.Tensor,   # (3,)
-    t:float=None,        # threshold on non-ME; None for no detector
-)->tuple[torch.Tensor, torch.Tensor]: # G (M, 2), h (M,): the region is the set of z with Gz ≤ h
+    k: int,  # class
+    weight: torch.Tensor,  # (3, 2) of the last layer
+    bias: torch.Tensor,  # (3,)
+    t: float = None,  # threshold on non-ME; None for no detector
+) -> tuple[
+    torch.Tensor, torch.Tensor
+]:  # G (M, 2), h (M,): the region is the set of z with Gz ≤ h
     "The half planes whose intersection is classified as `k` and has non-ME ≥ t."
     weight, bias = _doubles(weight, bias)
     i, j = [c for c in range(3) if c != k]
-    pairs = [(i, k, 0.), (j, k, 0.)] # Z_i - Z_k ≤ 0, Z_j - Z_k ≤ 0
-    if t is not None: pairs += [(i, j, isoline_gap(t)), (j, i, isoline_gap(t))]
+    pairs = [(i, k, 0.0), (j, k, 0.0)]  # Z_i - Z_k ≤ 0, Z_j - Z_k ≤ 0
+    if t is not None:
+        pairs += [(i, j, isoline_gap(t)), (j, i, isoline_gap(t))]
     G = torch.stack([weight[a] - weight[c] for a, c, _ in pairs])
     return G, torch.stack([gap - bias[a] + bias[c] for a, c, gap in pairs])
 
 # %% ../nbs/13_theory.ipynb #601a43ea
-def _unit_rows(G, h): # the same half planes, with normals of length 1 where they have a direction
+def _unit_rows(
+    G, h
+):  # the same half planes, with normals of length 1 where they have a direction
     length = torch.hypot(G[:, 0], G[:, 1])
-    length = length.where(length > 0, 1.)
-    return G/length[:, None], h/length
+    length = length.where(length > 0, 1.0)
+    return G / length[:, None], h / length
 
-def _sizes(z, h): # (M,) of the numbers in each half plane, which says what rounding is
-    numbers = [v for v in (z.abs().max().item(), *sorted(h.abs().tolist())) if 0 < v < math.inf]
-    return h.abs().where(h.isfinite(), 0.) + (numbers[0] if numbers else 1.)
+
+def _sizes(z, h):  # (M,) of the numbers in each half plane, which says what rounding is
+    numbers = [
+        v for v in (z.abs().max().item(), *sorted(h.abs().tolist())) if 0 < v < math.inf
+    ]
+    return h.abs().where(h.isfinite(), 0.0) + (numbers[0] if numbers else 1.0)
+
 
 def _feet_and_corners(
-    z:torch.Tensor, # (2,)
-    G:torch.Tensor, # (M, 2), rows of length 1 or 0
-    h:torch.Tensor, # (M,)
-)->torch.Tensor:    # (P, 2): the nearest point of {Gx ≤ h} is among them; P = 0 where the half planes have no point in common
+    z: torch.Tensor,  # (2,)
+    G: torch.Tensor,  # (M, 2), rows of length 1 or 0
+    h: torch.Tensor,  # (M,)
+) -> torch.Tensor:  # (P, 2): the nearest point of {Gx ≤ h} is among them; P = 0 where the half planes have no point in common
     "`z`, its feet on the edges and the corners, as far as they lie in all half planes."
-    feet = z - (G @ z - h)[:, None]*G
+    feet = z - (G @ z - h)[:, None] * G
     a, c = torch.tensor(list(itertools.combinations(range(len(h)), 2))).T
-    det = G[a, 0]*G[c, 1] - G[a, 1]*G[c, 0]
-    det[det.abs() <= 1e-12] = torch.nan # parallel up to rounding: no corner
-    corners = torch.stack([h[a]*G[c, 1] - h[c]*G[a, 1], G[a, 0]*h[c] - G[c, 0]*h[a]], 1)/det[:, None]
+    det = G[a, 0] * G[c, 1] - G[a, 1] * G[c, 0]
+    det[det.abs() <= 1e-12] = torch.nan  # parallel up to rounding: no corner
+    corners = (
+        torch.stack(
+            [h[a] * G[c, 1] - h[c] * G[a, 1], G[a, 0] * h[c] - G[c, 0] * h[a]], 1
+        )
+        / det[:, None]
+    )
     points = torch.cat([z[None], feet, corners])
-    points = points[points.isfinite().all(1)] # a class with a bias of -inf is at infinity
-    slack = 1e-9*_sizes(z, h) + 1e-15*points.norm(dim=1, keepdim=True)*G.norm(dim=1)
+    points = points[
+        points.isfinite().all(1)
+    ]  # a class with a bias of -inf is at infinity
+    slack = 1e-9 * _sizes(z, h) + 1e-15 * points.norm(dim=1, keepdim=True) * G.norm(
+        dim=1
+    )
     return points[(points @ G.T <= h + slack).all(1)]
 
+
 def project_polygon(
-    z:torch.Tensor, # (2,)
-    G:torch.Tensor, # (M, 2)
-    h:torch.Tensor, # (M,)
-)->torch.Tensor:    # (2,) the point of {Gx ≤ h} nearest to z; `InputError` where there is none
+    z: torch.Tensor,  # (2,)
+    G: torch.Tensor,  # (M, 2)
+    h: torch.Tensor,  # (M,)
+) -> (
+    torch.Tensor
+):  # (2,) the point of {Gx ≤ h} nearest to z; `InputError` where there is none
     "Exact projection onto an intersection of half planes, by looking at every foot and corner."
     z, G, h = _doubles(z, G, h)
     points = _feet_and_corners(z, *_unit_rows(G, h))
-    if not len(points): raise InputError('the half planes have no point in common: there is nothing to project onto')
+    if not len(points):
+        raise InputError(
+            'the half planes have no point in common: there is nothing to project onto'
+        )
     return points[(points - z).norm(dim=1).argmin()]
 
 # %% ../nbs/13_theory.ipynb #03a16a83
 def nearest_adversarial(
-    z:torch.Tensor,      # (2,) hidden vector
-    weight:torch.Tensor, # (3, 2) of the last layer
-    bias:torch.Tensor,   # (3,)
-    t:float=None,        # threshold on non-ME; None for no detector
-)->torch.Tensor:         # (2,) z1 without a detector, z2 with one; `InputError` where there is none
+    z: torch.Tensor,  # (2,) hidden vector
+    weight: torch.Tensor,  # (3, 2) of the last layer
+    bias: torch.Tensor,  # (3,)
+    t: float = None,  # threshold on non-ME; None for no detector
+) -> (
+    torch.Tensor
+):  # (2,) z1 without a detector, z2 with one; `InputError` where there is none
     "The nearest hidden vector of another class that passes the detector: z₁ and z₂ of RCE Fig 1."
     z, weight, bias = _doubles(z, weight, bias)
     _check_plane(z, weight, bias)
     y = (weight @ z + bias).argmax().item()
     regions = [accepted_region(k, weight, bias, t) for k in range(3) if k != y]
     found = [project_polygon(z, G, h) for G, h in regions if _wins(z, G, h)]
-    if not found: raise InputError('there is no adversarial example: no other class wins anywhere' + ('' if t is None else f' with non-ME ≥ {t:.4g}'))
+    if not found:
+        raise InputError(
+            'there is no adversarial example: no other class wins anywhere'
+            + ('' if t is None else f' with non-ME ≥ {t:.4g}')
+        )
     return min(found, key=lambda p: (p - z).norm().item())
 
-def _check_plane(z, weight, bias): # a bias of -inf takes its class out
-    if (z.shape, weight.shape, bias.shape) != ((2,), (3, 2), (3,)): raise InputError(f'three classes over a plane are z (2,), weight (3, 2) and bias (3,), got {tuple(z.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}')
-    if not (z.isfinite().all() & weight.isfinite().all() & (bias < math.inf).all()): raise InputError('z and weight must be finite, and bias finite or -inf')
+
+def _check_plane(z, weight, bias):  # a bias of -inf takes its class out
+    if (z.shape, weight.shape, bias.shape) != ((2,), (3, 2), (3,)):
+        raise InputError(
+            f'three classes over a plane are z (2,), weight (3, 2) and bias (3,), got {tuple(z.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}'
+        )
+    if not (z.isfinite().all() & weight.isfinite().all() & (bias < math.inf).all()):
+        raise InputError('z and weight must be finite, and bias finite or -inf')
+
 
 def _wins(
-    z:torch.Tensor, # (2,) any point
-    G:torch.Tensor, # (M, 2) of `accepted_region`, whose first two half planes compare the class with the others
-    h:torch.Tensor, # (M,)
-)->bool:            # is the class ahead of both others, by more than rounding, anywhere in its region?
+    z: torch.Tensor,  # (2,) any point
+    G: torch.Tensor,  # (M, 2) of `accepted_region`, whose first two half planes compare the class with the others
+    h: torch.Tensor,  # (M,)
+) -> (
+    bool
+):  # is the class ahead of both others, by more than rounding, anywhere in its region?
     "Whether the region is more than a tie."
     G, h = _unit_rows(G, h)
-    h[:2] -= 1e-8*_sizes(z, h)[:2]
+    h[:2] -= 1e-8 * _sizes(z, h)[:2]
     return len(_feet_and_corners(z, G, h)) > 0
 
 # %% ../nbs/13_theory.ipynb #1a890387
 def plot_hidden_plane(
-    weight:torch.Tensor, # (3, 2) of the last layer
-    bias:torch.Tensor,   # (3,)
-    t:float=None,        # draw the isolines non-ME = t
-    limits=(-2, 2, -2, 2), # left, right, bottom, top
-    ax=None,             # axes to draw on
-    size:int=201,        # points along each side
-):                       # the axes
+    weight: torch.Tensor,  # (3, 2) of the last layer
+    bias: torch.Tensor,  # (3,)
+    t: float = None,  # draw the isolines non-ME = t
+    limits=(-2, 2, -2, 2),  # left, right, bottom, top
+    ax=None,  # axes to draw on
+    size: int = 201,  # points along each side
+):  # the axes
     "Decision boundaries (solid), S_ŷ (dashed) and isolines of non-ME (dash-dotted): RCE Fig 1, left."
     ax = ax or plt.figure(figsize=(4, 3.6)).gca()
     xs, ys = torch.linspace(*limits[:2], size), torch.linspace(*limits[2:], size)
-    weight, bias, plane = _doubles(weight, bias, torch.stack(torch.meshgrid(xs, ys, indexing='xy'), -1))
+    weight, bias, plane = _doubles(
+        weight, bias, torch.stack(torch.meshgrid(xs, ys, indexing='xy'), -1)
+    )
     Z = plane @ weight.T + bias
     values, order = Z.sort(-1)
+
     def lines(height, level, keep=None, **kw):
         height = height if keep is None else torch.where(keep, height, torch.nan)
         ax.contour(xs, ys, height, levels=level, **kw)
+
     for i, j in itertools.combinations(range(3), 2):
         third = 3 - i - j
-        lines(Z[..., i] - Z[..., j], [0], Z[..., [i, j]].amax(-1) >= Z[..., third], colors='k', linewidths=1.5)
-        lines(Z[..., i] - Z[..., j], [0], Z[..., third] >= Z[..., [i, j]].amax(-1), colors='k', linestyles='--', linewidths=1)
+        lines(
+            Z[..., i] - Z[..., j],
+            [0],
+            Z[..., [i, j]].amax(-1) >= Z[..., third],
+            colors='k',
+            linewidths=1.5,
+        )
+        lines(
+            Z[..., i] - Z[..., j],
+            [0],
+            Z[..., third] >= Z[..., [i, j]].amax(-1),
+            colors='k',
+            linestyles='--',
+            linewidths=1,
+        )
         if t is not None:
             gap = isoline_gap(t)
-            lines(Z[..., i] - Z[..., j], [-gap, gap], order[..., 2] == third, colors='tab:blue', linestyles='-.', linewidths=1.2)
+            lines(
+                Z[..., i] - Z[..., j],
+                [-gap, gap],
+                order[..., 2] == third,
+                colors='tab:blue',
+                linestyles='-.',
+                linewidths=1.2,
+            )
     ax.set(xlabel='$z[0]$', ylabel='$z[1]$', xlim=limits[:2], ylim=limits[2:])
     return ax
 
 # %% ../nbs/13_theory.ipynb #64ebb326
 def smoothed_target(
-    target:torch.Tensor, # (N,) true classes
-    n_classes:int,       # L
-    lam:float,           # λ ≥ 0; `math.inf` for the reverse label R_y
-    dtype:torch.dtype=None, # of the result; None for torch's default
-)->torch.Tensor:         # (N, L) probabilities
+    target: torch.Tensor,  # (N,) true classes
+    n_classes: int,  # L
+    lam: float,  # λ ≥ 0; `math.inf` for the reverse label R_y
+    dtype: torch.dtype = None,  # of the result; None for torch's default
+) -> torch.Tensor:  # (N, L) probabilities
     "P^λ of RCE Eq 3: the one-hot label for λ = 0, the reverse label R_y for λ = ∞."
-    if not lam >= 0: raise InputError(f'lam is {lam}: it must be at least 0')
-    share = 1. if math.isinf(lam) else lam/(1 + lam)
-    P = torch.full((len(target), n_classes), share/(n_classes - 1), dtype=dtype, device=target.device)
+    if not lam >= 0:
+        raise InputError(f'lam is {lam}: it must be at least 0')
+    share = 1.0 if math.isinf(lam) else lam / (1 + lam)
+    P = torch.full(
+        (len(target), n_classes),
+        share / (n_classes - 1),
+        dtype=dtype,
+        device=target.device,
+    )
     return P.scatter_(1, target[:, None], 1 - share)
 
 # %% ../nbs/13_theory.ipynb #5390fbff
 def reverse_posterior(
-    logits:torch.Tensor, # (N, L) of a network trained with the reverse cross-entropy, before they are reversed
-)->torch.Tensor:         # (N, L), rows sum to 1; entries may be negative where training has not converged
+    logits: torch.Tensor,  # (N, L) of a network trained with the reverse cross-entropy, before they are reversed
+) -> (
+    torch.Tensor
+):  # (N, L), rows sum to 1; entries may be negative where training has not converged
     "Class probabilities of an RCE network, 1 - (L-1)F: unbiased, where softmax of the reversed logits is not."
-    return 1 - (logits.shape[-1] - 1)*logits.softmax(-1)
+    return 1 - (logits.shape[-1] - 1) * logits.softmax(-1)
 
 # %% ../nbs/13_theory.ipynb #efd2104b
 def reverse_error(
-    logits:torch.Tensor, # (N, L) before they are reversed
-    target:torch.Tensor, # (N,) true classes
-)->torch.Tensor:         # (N,) in [0, 1], float64
+    logits: torch.Tensor,  # (N, L) before they are reversed
+    target: torch.Tensor,  # (N,) true classes
+) -> torch.Tensor:  # (N,) in [0, 1], float64
     "α of RCE Theorem 2: distance, in the maximum norm, of softmax(logits) from the reverse label."
     P = logits.double().softmax(-1)
     R = smoothed_target(target, logits.shape[-1], math.inf, P.dtype)
@@ -190,87 +269,108 @@ def reverse_error(
 
 # %% ../nbs/13_theory.ipynb #61061bf6
 def one_hot_bound(
-    alpha,         # training error, ≥ 0; number or array
-    n_classes:int, # L
-):                 # bound, as `alpha`
+    alpha,  # training error, ≥ 0; number or array
+    n_classes: int,  # L
+):  # bound, as `alpha`
     "Printed bound of RCE Theorem 2 on the distance of the reversed output from the one-hot label: α(L-1)²."
-    return alpha*(n_classes - 1)**2
+    return alpha * (n_classes - 1) ** 2
+
 
 def pair_bound(
-    alpha,         # training error, ≥ 0; number or array
-    n_classes:int, # L
-):                 # bound, as `alpha`
+    alpha,  # training error, ≥ 0; number or array
+    n_classes: int,  # L
+):  # bound, as `alpha`
     "Printed bound of RCE Theorem 2 on the difference between two wrong classes: 2α²(L-1)²."
-    return 2*alpha**2*(n_classes - 1)**2
+    return 2 * alpha**2 * (n_classes - 1) ** 2
 
 # %% ../nbs/13_theory.ipynb #0eb344da
-def _one_hot(a, L): # sharp bound 1, for a < 1/(L-1); any number type
+def _one_hot(a, L):  # sharp bound 1, for a < 1/(L-1); any number type
     n = L - 1
-    c = (a*n)**3 if L % 2 else 0
-    return (a*n**2*(1 + a) - c)/(1 + a*n**2 - c)
+    c = (a * n) ** 3 if L % 2 else 0
+    return (a * n**2 * (1 + a) - c) / (1 + a * n**2 - c)
 
-def _largest(a, L): # sharp bound 2
-    u = a*(L - 1)
-    return u/(1 + (L - 2)*u*(1 - u))
 
-def _capped(f, alpha, n_classes): # f below 1/(L-1), 1 from there on; elementwise
-    if n_classes < 2: raise InputError(f'n_classes is {n_classes}: it must be at least 2')
+def _largest(a, L):  # sharp bound 2
+    u = a * (L - 1)
+    return u / (1 + (L - 2) * u * (1 - u))
+
+
+def _capped(f, alpha, n_classes):  # f below 1/(L-1), 1 from there on; elementwise
+    if n_classes < 2:
+        raise InputError(f'n_classes is {n_classes}: it must be at least 2')
     a = np.asarray(alpha, dtype=float)
-    if not (a >= 0).all(): raise InputError('alpha must be at least 0')
-    inside = a < 1/(n_classes - 1)
-    return np.where(inside, f(np.where(inside, a, 0.), n_classes), 1.)[()]
+    if not (a >= 0).all():
+        raise InputError('alpha must be at least 0')
+    inside = a < 1 / (n_classes - 1)
+    return np.where(inside, f(np.where(inside, a, 0.0), n_classes), 1.0)[()]
 
 # %% ../nbs/13_theory.ipynb #a3c1fa61
 def sharp_one_hot_bound(
-    alpha,         # training error, ≥ 0; number or array
-    n_classes:int, # L ≥ 2
-):                 # bound in [0, 1], float64
+    alpha,  # training error, ≥ 0; number or array
+    n_classes: int,  # L ≥ 2
+):  # bound in [0, 1], float64
     "Largest distance of the reversed output from the one-hot label at training error α; attained for α < 1/(L-1)."
     return _capped(_one_hot, alpha, n_classes)
 
+
 def sharp_false_bound(
-    alpha,         # training error, ≥ 0; number or array
-    n_classes:int, # L ≥ 2
-):                 # bound in [0, 1], float64
+    alpha,  # training error, ≥ 0; number or array
+    n_classes: int,  # L ≥ 2
+):  # bound in [0, 1], float64
     "Largest reversed output of a wrong class at training error α; attained for α < 1/(L-1)."
     return _capped(_largest, alpha, n_classes)
 
 # %% ../nbs/13_theory.ipynb #74cc10be
-def _fill(a, L, t): # (p_y, p_k, r) for a trial value t
-    n, m, s = L - 1, L - 3, (1 + 1/t)**0.5
-    top, mass = a**0/n + a, 1 - a**0/n + a
-    r = max((mass - cy*a - ck*top)/(m + (1 - cy) + (1 - ck)*s) for cy, ck in itertools.product((0, 1), repeat=2) if m + 2 - cy - ck)
-    return min(a, r), min(top, s*r), r
+def _fill(a, L, t):  # (p_y, p_k, r) for a trial value t
+    n, m, s = L - 1, L - 3, (1 + 1 / t) ** 0.5
+    top, mass = a**0 / n + a, 1 - a**0 / n + a
+    r = max(
+        (mass - cy * a - ck * top) / (m + (1 - cy) + (1 - ck) * s)
+        for cy, ck in itertools.product((0, 1), repeat=2)
+        if m + 2 - cy - ck
+    )
+    return min(a, r), min(top, s * r), r
 
-def _pair(a, L): # sharp bound 3, for 0 < a < 1/(L-1); float or mpmath number
-    x, t = 1/(a**0/(L - 1) - a), a*a
+
+def _pair(a, L):  # sharp bound 3, for 0 < a < 1/(L-1); float or mpmath number
+    x, t = 1 / (a**0 / (L - 1) - a), a * a
     for _ in range(100):
         p_y, p_k, r = _fill(a, L, t)
-        better = (x - 1/p_k)/(1/p_y + x + 1/p_k + (L - 3)/r)
-        if better <= t: return t
+        better = (x - 1 / p_k) / (1 / p_y + x + 1 / p_k + (L - 3) / r)
+        if better <= t:
+            return t
         t = better
     return t
 
 # %% ../nbs/13_theory.ipynb #0829cf90
 def sharp_pair_bound(
-    alpha,         # training error, ≥ 0; number or array
-    n_classes:int, # L ≥ 2
-):                 # bound in [0, 1], float64; 0 for L = 2, which has no pair of wrong classes
+    alpha,  # training error, ≥ 0; number or array
+    n_classes: int,  # L ≥ 2
+):  # bound in [0, 1], float64; 0 for L = 2, which has no pair of wrong classes
     "Largest difference between the reversed outputs of two wrong classes at training error α; attained for α < 1/(L-1)."
-    if n_classes == 2: return np.zeros_like(np.asarray(alpha, dtype=float))[()]
-    return _capped(np.vectorize(lambda a, L: _pair(a, L) if a else 0., otypes=[float]), alpha, n_classes)
+    if n_classes == 2:
+        return np.zeros_like(np.asarray(alpha, dtype=float))[()]
+    return _capped(
+        np.vectorize(lambda a, L: _pair(a, L) if a else 0.0, otypes=[float]),
+        alpha,
+        n_classes,
+    )
 
 # %% ../nbs/13_theory.ipynb #2c21a779
 def safe_error(
-    n_classes:int, # L ≥ 2
-)->float:          # 1/(2(L-1))
+    n_classes: int,  # L ≥ 2
+) -> float:  # 1/(2(L-1))
     "Below this training error the reversed output is largest at the true class for certain."
-    return 1/(2*(n_classes - 1))
+    return 1 / (2 * (n_classes - 1))
+
 
 def non_me_bound(
-    alpha:float,   # training error, in [0, 1/(2(L-1)))
-    n_classes:int, # L ≥ 2
-)->float:          # in nats
+    alpha: float,  # training error, in [0, 1/(2(L-1)))
+    n_classes: int,  # L ≥ 2
+) -> float:  # in nats
     "Lower bound of non-ME of the reversed output at training error α: log(L-1) + log(1 - α²(L-1)²)."
-    if not 0 <= alpha < safe_error(n_classes): raise InputError(f'alpha is {alpha}: a bound is known for 0 ≤ α < {safe_error(n_classes):.4g}')
-    return math.log(n_classes - 1) + math.log1p(-(alpha*(n_classes - 1))**2)
+    if not 0 <= alpha < safe_error(n_classes):
+        raise InputError(
+            f'alpha is {alpha}: a bound is known for 0 ≤ α < {safe_error(n_classes):.4g}'
+        )
+    return math.log(n_classes - 1) + math.log1p(-((alpha * (n_classes - 1)) ** 2))

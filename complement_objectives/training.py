@@ -18,43 +18,98 @@ from functools import partial
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
-from fastai.callback.progress import ProgressCallback # adds `Learner.no_bar`
+from fastai.callback.progress import ProgressCallback  # adds `Learner.no_bar`
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam
 
 from .adversarial import MADRY, AdversarialTraining
-from .checkpoints import EpochSeeds, ResumableTraining, load_classifier, save_classifier
-from .complement import ComplementTraining, JointComplementTraining, complement_step
+from complement_objectives.checkpoints import (
+    EpochSeeds,
+    ResumableTraining,
+    load_classifier,
+    save_classifier,
+)
+from complement_objectives.complement import (
+    ComplementTraining,
+    JointComplementTraining,
+    complement_step,
+)
 from .core import InputError, choose, seed_everything
 from .data import ImageData, dataloaders
-from .guided import (
-    GUIDANCE, GuidanceRecorder, GuidedComplementTraining, ReverseTraining, accuracy_for, guidance, to_classifier)
+from complement_objectives.guided import (
+    GUIDANCE,
+    GuidanceRecorder,
+    GuidedComplementTraining,
+    ReverseTraining,
+    accuracy_for,
+    guidance,
+    to_classifier,
+)
 from .learners import Attached
-from .losses import GuidedComplementEntropyLoss, ReverseCrossEntropyLoss
+from complement_objectives.losses import (
+    GuidedComplementEntropyLoss,
+    ReverseCrossEntropyLoss,
+)
 from .models import ReverseLogits
-from .schedules import (
-    PRESETS, Preset, he2016_cifar, imagenet, mnist_adam, rce_cifar, rce_mnist, speech_commands, tiny_imagenet, wrn)
+from complement_objectives.schedules import (
+    PRESETS,
+    Preset,
+    he2016_cifar,
+    imagenet,
+    mnist_adam,
+    rce_cifar,
+    rce_mnist,
+    speech_commands,
+    tiny_imagenet,
+    wrn,
+)
 
 # %% ../nbs/04e_training.ipynb #9a882448
-_all_ = ['MADRY', 'AdversarialTraining', 'EpochSeeds', 'ResumableTraining', 'load_classifier', 'save_classifier', 'ComplementTraining',
-         'JointComplementTraining', 'complement_step', 'GuidanceRecorder', 'GuidedComplementTraining', 'ReverseTraining', 'accuracy_for',
-         'GUIDANCE', 'guidance', 'to_classifier', 'PRESETS', 'Preset', 'he2016_cifar', 'imagenet', 'mnist_adam', 'rce_cifar', 'rce_mnist',
-         'speech_commands', 'tiny_imagenet', 'wrn']
+_all_ = [
+    'MADRY',
+    'AdversarialTraining',
+    'EpochSeeds',
+    'ResumableTraining',
+    'load_classifier',
+    'save_classifier',
+    'ComplementTraining',
+    'JointComplementTraining',
+    'complement_step',
+    'GuidanceRecorder',
+    'GuidedComplementTraining',
+    'ReverseTraining',
+    'accuracy_for',
+    'GUIDANCE',
+    'guidance',
+    'to_classifier',
+    'PRESETS',
+    'Preset',
+    'he2016_cifar',
+    'imagenet',
+    'mnist_adam',
+    'rce_cifar',
+    'rce_mnist',
+    'speech_commands',
+    'tiny_imagenet',
+    'wrn',
+]
 
 # %% ../nbs/04e_training.ipynb #8d39e16d
 @dataclass(frozen=True)
 class Objective:
     "How one objective trains and how its network is read."
-    title:str              # for tables and figures
-    loss:type              # the learner's loss
-    guided:bool=False      # does the loss take `alpha`?
-    complement:bool=False  # is there a second update (COT Algorithm 1)?
-    reverse:bool=False     # are the logits read with a minus sign (RCE §3.3)?
 
-    def loss_func(self,
-        alpha:float=1/3, # exponent of the guiding factor, > 0; used by GCE only
-    ):                   # a fresh loss
+    title: str  # for tables and figures
+    loss: type  # the learner's loss
+    guided: bool = False  # does the loss take `alpha`?
+    complement: bool = False  # is there a second update (COT Algorithm 1)?
+    reverse: bool = False  # are the logits read with a minus sign (RCE §3.3)?
+
+    def loss_func(
+        self,
+        alpha: float = 1 / 3,  # exponent of the guiding factor, > 0; used by GCE only
+    ):  # a fresh loss
         return self.loss(alpha=alpha) if self.guided else self.loss()
 
 # %% ../nbs/04e_training.ipynb #100a3ae3
@@ -62,97 +117,157 @@ OBJECTIVES = dict(
     xe=Objective('XE', CrossEntropyLossFlat),
     cot=Objective('COT', CrossEntropyLossFlat, complement=True),
     gce=Objective('GCE', GuidedComplementEntropyLoss, guided=True),
-    rce=Objective('RCE', ReverseCrossEntropyLoss, reverse=True))
+    rce=Objective('RCE', ReverseCrossEntropyLoss, reverse=True),
+)
 
 # %% ../nbs/04e_training.ipynb #fd2d81f4
 def check_objective(
-    name:str,      # a key of `OBJECTIVES`
-    n_classes:int, # K
-    alpha:float,   # exponent of the guiding factor
-)->Objective:      # the objective
+    name: str,  # a key of `OBJECTIVES`
+    n_classes: int,  # K
+    alpha: float,  # exponent of the guiding factor
+) -> Objective:  # the objective
     "`InputError` for an unknown objective, `alpha` not above 0, or GCE with two classes."
     objective = choose(name, OBJECTIVES, 'objective')
-    if not 0 < alpha < float('inf'): raise InputError(f'alpha must be a number above 0, got {alpha} (the GCE paper uses 1/3)')
+    if not 0 < alpha < float('inf'):
+        raise InputError(
+            f'alpha must be a number above 0, got {alpha} (the GCE paper uses 1/3)'
+        )
     if objective.guided and n_classes == 2:
-        raise InputError('GCE is not defined for 2 classes (the entropy of a single wrong class is 0, and so is log(K-1)): use xe or rce')
+        raise InputError(
+            'GCE is not defined for 2 classes (the entropy of a single wrong class is 0, and so is log(K-1)): use xe or rce'
+        )
     return objective
 
 # %% ../nbs/04e_training.ipynb #ff33a990
-adam = partial(Adam, mom=0.9, sqr_mom=0.99, eps=1e-8, wd=0.)
+adam = partial(Adam, mom=0.9, sqr_mom=0.99, eps=1e-8, wd=0.0)
 
 # %% ../nbs/04e_training.ipynb #5629385c
 def objective_learner(
-    dls,             # fastai `DataLoaders`
-    model,           # any network from pixels to logits
-    name:str,        # 'xe', 'cot', 'gce' or 'rce'
-    alpha:float=1/3, # exponent of GCE's guiding factor
-    opt_func=adam,   # fastai optimizer
-    **kwargs,        # for `Learner`
-)->Learner:          # reports the right accuracy for each objective
+    dls,  # fastai `DataLoaders`
+    model,  # any network from pixels to logits
+    name: str,  # 'xe', 'cot', 'gce' or 'rce'
+    alpha: float = 1 / 3,  # exponent of GCE's guiding factor
+    opt_func=adam,  # fastai optimizer
+    **kwargs,  # for `Learner`
+) -> Learner:  # reports the right accuracy for each objective
     "A `Learner` for one of the four objectives."
     objective = check_objective(name, dls.c, alpha)
     loss_func = objective.loss_func(alpha)
-    learn = Learner(dls, model, loss_func, opt_func=opt_func, metrics=accuracy_for(loss_func), **kwargs)
+    learn = Learner(
+        dls,
+        model,
+        loss_func,
+        opt_func=opt_func,
+        metrics=accuracy_for(loss_func),
+        **kwargs,
+    )
     return learn.to_complement() if objective.complement else learn
 
 # %% ../nbs/04e_training.ipynb #0d3d1297
 class _ReportEpoch(Callback):
     "Tell `progress` how many epochs are done."
+
     order = 62
-    def __init__(self, progress): self.progress = progress
-    def after_epoch(self): self.progress(self.epoch + 1, self.n_epoch)
+
+    def __init__(self, progress):
+        self.progress = progress
+
+    def after_epoch(self):
+        self.progress(self.epoch + 1, self.n_epoch)
 
 # %% ../nbs/04e_training.ipynb #d42ee41f
-def _history(learn)->list: # one dict an epoch, from fastai's recorder
+def _history(learn) -> list:  # one dict an epoch, from fastai's recorder
     names = [n for n in learn.recorder.metric_names if n not in ('epoch', 'time')]
     return [dict(zip(names, map(float, row))) for row in learn.recorder.values]
 
 # %% ../nbs/04e_training.ipynb #d37d076e
 class DeviceMixedPrecision(Attached, MixedPrecision):
     "fastai's mixed precision on whatever device the network is on; float16 needs a GPU, for its gradient scaler."
+
     order, _inside = MixedPrecision.order, False
+
     def before_fit(self):
         self._leave(self.learn)
         device = next(self.learn.model.parameters()).device.type
-        if self.amp_mode == AMPMode.FP16 and device != 'cuda': raise InputError(f'fp16 needs a GPU, and the network is on {device}: use bf16 or fp32')
+        if self.amp_mode == AMPMode.FP16 and device != 'cuda':
+            raise InputError(
+                f'fp16 needs a GPU, and the network is on {device}: use bf16 or fp32'
+            )
         super().before_fit()
-        self.autocast = torch.autocast(device, dtype={AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}[self.amp_mode])
+        self.autocast = torch.autocast(
+            device,
+            dtype={AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}[
+                self.amp_mode
+            ],
+        )
 
-    def before_batch(self): super().before_batch(); self._inside = True
-    def after_loss(self): super().after_loss(); self._inside = False
-    def _leave(self, learn): # the autocast of a batch that was interrupted
-        if self._inside: self.after_loss()
+    def before_batch(self):
+        super().before_batch()
+        self._inside = True
+
+    def after_loss(self):
+        super().after_loss()
+        self._inside = False
+
+    def _leave(self, learn):  # the autocast of a batch that was interrupted
+        if self._inside:
+            self.after_loss()
+
 
 PRECISIONS = dict(fp32=[], bf16=[AMPMode.BF16], fp16=[AMPMode.FP16])
 
 # %% ../nbs/04e_training.ipynb #f4dccc70
 def train_classifier(
-    data:ImageData,       # both splits
-    model,                # a fresh network
-    name:str,             # 'xe', 'cot', 'gce' or 'rce'
-    epochs:int,           # passes over the training images, at least 1
-    batch_size:int=64,    # images an update (COT: two updates)
-    lr:float=1e-3,        # learning rate
-    alpha:float=1/3,      # exponent of GCE's guiding factor
-    seed:int=0,           # of the order of the batches and of augmentation, see `EpochSeeds`
-    device='cpu',         # where to train
-    opt_func=adam,        # fastai optimizer
-    cbs=(),               # further fastai callbacks, a schedule for instance
-    progress=None,        # called with (epochs done, epochs in all)
-    augment=None,         # for the training batches, `PadCropFlip()` for instance
-    precision:str='fp32', # a key of `PRECISIONS`
-    checkpoint=None,      # file to go on from and to write after each epoch, see `ResumableTraining`
-    settings:dict=None,   # what must be the same in a checkpoint, beside what is here
-)->tuple:                 # a classifier in evaluation mode, and a dict with `history` (a row an epoch) and `seconds`
+    data: ImageData,  # both splits
+    model,  # a fresh network
+    name: str,  # 'xe', 'cot', 'gce' or 'rce'
+    epochs: int,  # passes over the training images, at least 1
+    batch_size: int = 64,  # images an update (COT: two updates)
+    lr: float = 1e-3,  # learning rate
+    alpha: float = 1 / 3,  # exponent of GCE's guiding factor
+    seed: int = 0,  # of the order of the batches and of augmentation, see `EpochSeeds`
+    device='cpu',  # where to train
+    opt_func=adam,  # fastai optimizer
+    cbs=(),  # further fastai callbacks, a schedule for instance
+    progress=None,  # called with (epochs done, epochs in all)
+    augment=None,  # for the training batches, `PadCropFlip()` for instance
+    precision: str = 'fp32',  # a key of `PRECISIONS`
+    checkpoint=None,  # file to go on from and to write after each epoch, see `ResumableTraining`
+    settings: dict = None,  # what must be the same in a checkpoint, beside what is here
+) -> tuple:  # a classifier in evaluation mode, and a dict with `history` (a row an epoch) and `seconds`
     "Train `model` from where it stands and return an ordinary classifier: RCE's comes with its logits negated."
-    if epochs < 1: raise InputError(f'epochs must be at least 1, got {epochs}')
+    if epochs < 1:
+        raise InputError(f'epochs must be at least 1, got {epochs}')
     seed_everything(seed)
-    learn = objective_learner(dataloaders(data, batch_size, device, augment), model.to(device), name, alpha, opt_func, cbs=list(cbs))
-    for mode in choose(precision, PRECISIONS, 'precision'): learn.add_cb(DeviceMixedPrecision(mode))
-    settings = dict(settings or {}, objective=name, batch_size=batch_size, lr=lr, alpha=alpha, precision=precision)
-    learn.add_cb(ResumableTraining(checkpoint, seed, settings) if checkpoint else EpochSeeds(seed))
-    if progress: learn.add_cb(_ReportEpoch(progress))
+    learn = objective_learner(
+        dataloaders(data, batch_size, device, augment),
+        model.to(device),
+        name,
+        alpha,
+        opt_func,
+        cbs=list(cbs),
+    )
+    for mode in choose(precision, PRECISIONS, 'precision'):
+        learn.add_cb(DeviceMixedPrecision(mode))
+    settings = dict(
+        settings or {},
+        objective=name,
+        batch_size=batch_size,
+        lr=lr,
+        alpha=alpha,
+        precision=precision,
+    )
+    learn.add_cb(
+        ResumableTraining(checkpoint, seed, settings)
+        if checkpoint
+        else EpochSeeds(seed)
+    )
+    if progress:
+        learn.add_cb(_ReportEpoch(progress))
     start = time.perf_counter()
-    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, lr)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(epochs, lr)
     classifier = ReverseLogits(learn.model) if OBJECTIVES[name].reverse else learn.model
-    return classifier.eval(), dict(history=_history(learn), seconds=time.perf_counter() - start)
+    return classifier.eval(), dict(
+        history=_history(learn), seconds=time.perf_counter() - start
+    )

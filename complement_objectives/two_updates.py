@@ -18,16 +18,17 @@ from .losses import ComplementEntropyLoss
 
 # %% ../nbs/03c_two_updates.ipynb #748b512e
 def _bare(
-    opt, # torch optimizer, or accelerate's or Lightning's wrapper of one
-):       # the torch optimizer
+    opt,  # torch optimizer, or accelerate's or Lightning's wrapper of one
+):  # the torch optimizer
     "The optimizer inside the wrappers."
     while hasattr(opt, 'gradient_state') or hasattr(opt, '_strategy'):
         opt = opt.optimizer
     return opt
 
+
 def second_optimizer(
-    opt,                  # torch optimizer, wrapped or not
-)->torch.optim.Optimizer: # of the same class, over the same parameters
+    opt,  # torch optimizer, wrapped or not
+) -> torch.optim.Optimizer:  # of the same class, over the same parameters
     "Another optimizer with the settings of `opt` and a state of its own."
     opt = _bare(opt)
     if not isinstance(opt, torch.optim.Optimizer):
@@ -40,17 +41,22 @@ def second_optimizer(
 # %% ../nbs/03c_two_updates.ipynb #70eecdad
 class _Follower:
     "The second optimizer, tied to the first in its settings and its state's place."
-    def __init__(self,
-        opt, # torch optimizer of the primary update, wrapped or not
-    ): self.source, self.opt, self.states = _bare(opt), second_optimizer(opt), None
+
+    def __init__(
+        self,
+        opt,  # torch optimizer of the primary update, wrapped or not
+    ):
+        self.source, self.opt, self.states = _bare(opt), second_optimizer(opt), None
 
     def follow(self):
         "Take over what a schedule or a checkpoint has changed."
         groups, ours = self.source.param_groups, self.opt.param_groups
-        for group in groups[len(ours):]: self.opt.add_param_group(dict(group))
-        for theirs, group in zip(groups, ours): group.update(theirs)
+        for group in groups[len(ours) :]:
+            self.opt.add_param_group(dict(group))
+        for theirs, group in zip(groups, ours):
+            group.update(theirs)
         states = self.source.state.get('complement')
-        if states is not self.states: # something was loaded or cleared
+        if states is not self.states:  # something was loaded or cleared
             self.opt.load_state_dict({**self.opt.state_dict(), 'state': states or {}})
 
     def keep(self):
@@ -60,40 +66,47 @@ class _Follower:
 
 # %% ../nbs/03c_two_updates.ipynb #664ea34c
 def _logits(
-    output, # of a network: logits, or a container of them
-)->Tensor:  # (N, K, …) logits
+    output,  # of a network: logits, or a container of them
+) -> Tensor:  # (N, K, …) logits
     "Logits as such, under `logits` in a dict or object, or first in a tuple."
-    if isinstance(output, Mapping): return output['logits']
-    if hasattr(output, 'logits'): return output.logits
+    if isinstance(output, Mapping):
+        return output['logits']
+    if hasattr(output, 'logits'):
+        return output.logits
     return output[0] if isinstance(output, (tuple, list)) else output
+
 
 def logits_and_classes(
     model,  # network
-    *batch, # inputs and then classes, or one dict with `labels`
-)->tuple:   # (N, K, …) logits, (N, …) classes
+    *batch,  # inputs and then classes, or one dict with `labels`
+) -> tuple:  # (N, K, …) logits, (N, …) classes
     "One forward pass over a batch."
-    if not isinstance(batch[0], Mapping): return _logits(model(*batch[:-1])), batch[-1]
+    if not isinstance(batch[0], Mapping):
+        return _logits(model(*batch[:-1])), batch[-1]
     inputs = dict(batch[0])
     if 'labels' not in inputs:
         raise InputError(f"no 'labels' among {', '.join(inputs)}: give a forward")
     y = inputs.pop('labels')
     if y.ndim != 1:
-        raise InputError(f'labels of shape {tuple(y.shape)}: give a forward function '
-            'that says which logit belongs to which label')
+        raise InputError(
+            f'labels of shape {tuple(y.shape)}: give a forward function '
+            'that says which logit belongs to which label'
+        )
     return _logits(model(**inputs)), y
 
 # %% ../nbs/03c_two_updates.ipynb #ca157f7e
 def _scaler(
-    opt, # optimizer
-):       # `GradScaler` of accelerate's or Lightning's wrapper, or None
+    opt,  # optimizer
+):  # `GradScaler` of accelerate's or Lightning's wrapper, or None
     "The gradient scaler that comes with an optimizer."
     plugin = getattr(getattr(opt, '_strategy', None), 'precision_plugin', None)
     return getattr(opt, 'scaler', None) or getattr(plugin, 'scaler', None)
 
+
 def _parameters(
-    model, # network, or a function
-    *opts, # torch's or fastai's optimizers
-)->list:   # parameters of all of them, each once
+    model,  # network, or a function
+    *opts,  # torch's or fastai's optimizers
+) -> list:  # parameters of all of them, each once
     "All tensors that may hold a gradient."
     found = list(model.parameters()) if isinstance(model, nn.Module) else []
     for opt in opts:
@@ -102,104 +115,132 @@ def _parameters(
         found += [p for group in groups for p in group]
     return list(dict.fromkeys(found))
 
+
 @contextmanager
 def _own_gradients(
-    parameters, # tensors
+    parameters,  # tensors
 ):
     "No gradients when the block begins, and afterwards those of before."
     before = [p.grad for p in parameters]
-    for p in parameters: p.grad = None
-    try: yield
+    for p in parameters:
+        p.grad = None
+    try:
+        yield
     finally:
-        for p, grad in zip(parameters, before): p.grad = grad
+        for p, grad in zip(parameters, before):
+            p.grad = grad
 
 # %% ../nbs/03c_two_updates.ipynb #4379fcf9
 class _Update:
     "An update by one optimizer and one loss, over one or several micro-batches."
-    def __init__(self,
-        model,               # network as the loop calls it: wrapped, prepared, compiled
-        opt,                 # optimizer
-        loss_func,           # of logits and classes
-        loop_opt=None,       # optimizer that brings the loop's settings; None: `opt`
-        forward=logits_and_classes, # (model, *batch) → logits (N, K, …), classes
-        backward=None,       # of the loop; None: divide the loss, scale it, backward
-        context=nullcontext, # makes the context of a forward pass
-        scaler=None,         # `GradScaler` of the loop; None: the optimizer's, if any
-        clip=None,           # largest gradient norm, or a function of the parameters
+
+    def __init__(
+        self,
+        model,  # network as the loop calls it: wrapped, prepared, compiled
+        opt,  # optimizer
+        loss_func,  # of logits and classes
+        loop_opt=None,  # optimizer that brings the loop's settings; None: `opt`
+        forward=logits_and_classes,  # (model, *batch) → logits (N, K, …), classes
+        backward=None,  # of the loop; None: divide the loss, scale it, backward
+        context=nullcontext,  # makes the context of a forward pass
+        scaler=None,  # `GradScaler` of the loop; None: the optimizer's, if any
+        clip=None,  # largest gradient norm, or a function of the parameters
     ):
         if not callable(loss_func):
-            raise InputError(f'loss_func is {loss_func!r}: '
-                'give a function of logits and classes')
+            raise InputError(
+                f'loss_func is {loss_func!r}: give a function of logits and classes'
+            )
         self.model, self.opt, self.loss_func = model, opt, loss_func
         self.forward, self.backward, self.context = forward, backward, context
         loop_opt = opt if loop_opt is None else loop_opt
         self.scaler, self.clip = scaler or _scaler(loop_opt), clip
-        self.gradient_state = getattr(loop_opt, 'gradient_state', None) # accelerate's
-        if clip is not None: self._check_clip()
+        self.gradient_state = getattr(loop_opt, 'gradient_state', None)  # accelerate's
+        if clip is not None:
+            self._check_clip()
 
-    def add(self,
-        batch,       # tuple of arguments of `forward`
-        n:int,       # micro-batches of this update
-        weight=None, # of the loss; None: 1/n, or as the loop's `backward` divides
-    )->Tensor:       # loss, 0-dim
+    def add(
+        self,
+        batch,  # tuple of arguments of `forward`
+        n: int,  # micro-batches of this update
+        weight=None,  # of the loss; None: 1/n, or as the loop's `backward` divides
+    ) -> Tensor:  # loss, 0-dim
         "Forward and backward for one micro-batch."
-        with self.context(): loss = self.loss_func(*self.forward(self.model, *batch))
-        if weight is not None: share = loss*weight
-        else: share = loss if self.backward else loss/self._divisor(n)
+        with self.context():
+            loss = self.loss_func(*self.forward(self.model, *batch))
+        if weight is not None:
+            share = loss * weight
+        else:
+            share = loss if self.backward else loss / self._divisor(n)
         (self.backward or self._backward)(share)
         return loss.detach()
 
-    def apply(self,
-        parameters, # whose gradients are clipped
+    def apply(
+        self,
+        parameters,  # whose gradients are clipped
     ):
         "Clip and step."
         bare = _bare(self.opt)
-        if self.clip is not None: self._clip(bare, parameters)
-        if self.scaler is None or self.opt is not bare: self.opt.step() # wrappers scale
+        if self.clip is not None:
+            self._clip(bare, parameters)
+        if self.scaler is None or self.opt is not bare:
+            self.opt.step()  # wrappers scale
         else:
             self.scaler.step(bare)
             self.scaler.update()
 
-    def syncs(self): # is this an update's last micro-batch? only accelerate may deny it
+    def syncs(
+        self,
+    ):  # is this an update's last micro-batch? only accelerate may deny it
         return self.gradient_state is None or self.gradient_state.sync_gradients
 
-    def _divisor(self, n): # accelerate divides by a fixed number
+    def _divisor(self, n):  # accelerate divides by a fixed number
         return n if self.gradient_state is None else self.gradient_state.num_steps
 
     def _backward(self, loss):
-        if self.scaler is not None: loss = self.scaler.scale(loss)
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
         loss.backward()
 
     def _clip(self, bare, parameters):
-        if self.scaler is not None: self.scaler.unscale_(bare)
-        if callable(self.clip): self.clip(parameters)
-        else: nn.utils.clip_grad_norm_(parameters, self.clip)
+        if self.scaler is not None:
+            self.scaler.unscale_(bare)
+        if callable(self.clip):
+            self.clip(parameters)
+        else:
+            nn.utils.clip_grad_norm_(parameters, self.clip)
 
     def _check_clip(self):
         if not callable(self.clip) and not as_number(self.clip, 'clip') > 0:
             raise InputError(f'clip must be above 0, got {self.clip}')
-        if self.scaler is None: return
+        if self.scaler is None:
+            return
         if callable(self.clip) and self.gradient_state is not None:
-            raise InputError('give clip as a number: '
-                "accelerate's clipping unscales once for every optimizer")
+            raise InputError(
+                'give clip as a number: '
+                "accelerate's clipping unscales once for every optimizer"
+            )
         if hasattr(self.opt, '_strategy'):
-            raise InputError("clip in the module's on_before_optimizer_step: "
-                'Lightning unscales right before it')
+            raise InputError(
+                "clip in the module's on_before_optimizer_step: "
+                'Lightning unscales right before it'
+            )
 
 # %% ../nbs/03c_two_updates.ipynb #508ad921
 class ComplementUpdate:
     "Line 3 of COT's Algorithm 1: `keep` each micro-batch, `step` after the optimizer."
-    def __init__(self,
-        model,               # network as the loop calls it: wrapped, prepared, compiled
-        opt,                 # primary optimizer, as the loop steps it
-        complement_opt=None, # None: one like `opt`, following it; `opt`; or your own
-        loss_func=None,      # complement objective; None: `ComplementEntropyLoss()`
+
+    def __init__(
+        self,
+        model,  # network as the loop calls it: wrapped, prepared, compiled
+        opt,  # primary optimizer, as the loop steps it
+        complement_opt=None,  # None: one like `opt`, following it; `opt`; or your own
+        loss_func=None,  # complement objective; None: `ComplementEntropyLoss()`
         *,
-        forward=logits_and_classes, # (model, *batch) → logits (N, K, …), classes
-        backward=None,       # of the loop; None: divide the loss, scale it, backward
-        context=nullcontext, # makes a pass's context: `lambda: torch.autocast('cuda')`
-        scaler=None,         # `GradScaler`; None: that of `opt`, if any
-        clip=None,           # largest gradient norm, > 0, or a function of the parameters
+        forward=logits_and_classes,  # (model, *batch) → logits (N, K, …), classes
+        backward=None,  # of the loop; None: divide the loss, scale it, backward
+        context=nullcontext,  # makes a pass's context: `lambda: torch.autocast('cuda')`
+        scaler=None,  # `GradScaler`; None: that of `opt`, if any
+        clip=None,  # largest gradient norm, > 0, or a function of the parameters
     ):
         self.model, self.opt = model, opt
         self.follower = _Follower(opt) if complement_opt is None else None
@@ -211,12 +252,15 @@ class ComplementUpdate:
         self._watch(_bare(opt))
         prepared = second is not opt and hasattr(second, 'gradient_state')
         if prepared and self.update.scaler is not None:
-            warnings.warn('prepare the primary optimizer only: clip_grad_norm_ of '
-                'accelerate unscales the gradients once for every prepared optimizer')
+            warnings.warn(
+                'prepare the primary optimizer only: clip_grad_norm_ of '
+                'accelerate unscales the gradients once for every prepared optimizer'
+            )
 
-    def keep(self,
-        *batch,      # arguments of `forward`: inputs and classes, or a dict
-        weight=None, # of this micro-batch's loss; None: 1/n, or as `backward` divides
+    def keep(
+        self,
+        *batch,  # arguments of `forward`: inputs and classes, or a dict
+        weight=None,  # of this micro-batch's loss; None: 1/n, or as `backward` divides
     ):
         "Remember a micro-batch until the update it belongs to."
         own = self.update.forward is not logits_and_classes
@@ -229,113 +273,141 @@ class ComplementUpdate:
         "Forget the micro-batches of an update that the loop has given up."
         self.kept.clear()
 
-    def step(self)->Tensor: # mean complement loss before the update; None: not yet due
+    def step(
+        self,
+    ) -> Tensor:  # mean complement loss before the update; None: not yet due
         "Go through the kept micro-batches once more, and update."
-        if not self.update.syncs(): return None
+        if not self.update.syncs():
+            return None
         self._check_turn()
         batches, self.kept = self.kept, []
-        if self.follower: self.follower.follow()
+        if self.follower:
+            self.follower.follow()
         parameters = _parameters(self.model, self.opt, self.update.opt)
         loss = _second(self.update, batches, parameters)
-        if self.follower: self.follower.keep()
+        if self.follower:
+            self.follower.keep()
         self.stepped = False
         return loss
 
-    def _watch(self, opt): # has the primary optimizer stepped? only torch's tell
+    def _watch(self, opt):  # has the primary optimizer stepped? only torch's tell
         self.watched = hasattr(opt, 'register_step_post_hook')
-        if not self.watched: return
+        if not self.watched:
+            return
         me, self.stepped = weakref.ref(self), False
+
         def stepped(*_):
-            if me(): me().stepped = True
+            if me():
+                me().stepped = True
+
         weakref.finalize(self, opt.register_step_post_hook(stepped).remove)
 
-    def _check_turn(self): # a scaler may have skipped the primary step
+    def _check_turn(self):  # a scaler may have skipped the primary step
         if not self.kept:
             raise InputError('no batch was kept since the last update: call keep')
         if self.watched and not self.stepped and self.update.scaler is None:
-            raise InputError('the primary optimizer has not stepped since the last '
-                'complement update: call step after it; give the one the loop steps')
+            raise InputError(
+                'the primary optimizer has not stepped since the last '
+                'complement update: call step after it; give the one the loop steps'
+            )
+
 
 def _second(
-    update,     # `_Update` of the complement objective
-    batches,    # list of (batch, weight)
-    parameters, # all that get gradients
-)->Tensor:      # mean loss, 0-dim
+    update,  # `_Update` of the complement objective
+    batches,  # list of (batch, weight)
+    parameters,  # all that get gradients
+) -> Tensor:  # mean loss, 0-dim
     "A whole complement update; processes meet in its last backward pass only."
-    n, total = len(batches), 0.
+    n, total = len(batches), 0.0
     with _own_gradients(parameters):
-        torch.clear_autocast_cache() # it holds the weights of before the primary update
+        torch.clear_autocast_cache()  # it holds the weights of before the primary update
         for i, (batch, weight) in enumerate(batches, 1):
-            wait = getattr(update.model, 'no_sync', nullcontext) if i < n else nullcontext
-            with wait(): loss = update.add(batch, n, weight)
-            total = total + (loss/n if weight is None else loss*weight)
+            wait = (
+                getattr(update.model, 'no_sync', nullcontext) if i < n else nullcontext
+            )
+            with wait():
+                loss = update.add(batch, n, weight)
+            total = total + (loss / n if weight is None else loss * weight)
         update.apply(parameters)
         torch.clear_autocast_cache()
     return total
 
 # %% ../nbs/03c_two_updates.ipynb #c15e3c1b
-_waiting = weakref.WeakKeyDictionary() # optimizer → batches of its next update
+_waiting = weakref.WeakKeyDictionary()  # optimizer → batches of its next update
+
 
 def complement_step(
-    model,                # any network from `x` to logits (N, K)
-    loss_func,            # primary objective of logits and classes: cross-entropy
-    opt,                  # torch, fastai or accelerate optimizer of the primary update
-    complement_opt,       # optimizer of the complement update; may be `opt` itself
-    x,                    # a batch of inputs, or a dict with `labels`
-    y=None,               # (N,) classes; None: they are in `x`
-    complement_loss=None, # complement objective; None: `ComplementEntropyLoss()`, Eq 3
+    model,  # any network from `x` to logits (N, K)
+    loss_func,  # primary objective of logits and classes: cross-entropy
+    opt,  # torch, fastai or accelerate optimizer of the primary update
+    complement_opt,  # optimizer of the complement update; may be `opt` itself
+    x,  # a batch of inputs, or a dict with `labels`
+    y=None,  # (N,) classes; None: they are in `x`
+    complement_loss=None,  # complement objective; None: `ComplementEntropyLoss()`, Eq 3
     *,
-    forward=logits_and_classes, # (model, *batch) → logits (N, K, …), classes
-    backward=None,        # of a loop; None: divide the loss, scale it, backward
+    forward=logits_and_classes,  # (model, *batch) → logits (N, K, …), classes
+    backward=None,  # of a loop; None: divide the loss, scale it, backward
     context=nullcontext,  # makes a pass's context: `lambda: torch.autocast('cuda')`
-    scaler=None,          # `GradScaler`; None: that of `opt`, if any
-    clip=None,            # largest gradient norm, > 0, or a function of the parameters
-)->tuple:                 # both losses before their updates; NaN for one not yet due
+    scaler=None,  # `GradScaler`; None: that of `opt`, if any
+    clip=None,  # largest gradient norm, > 0, or a function of the parameters
+) -> tuple:  # both losses before their updates; NaN for one not yet due
     "COT Algorithm 1 for one batch: both updates, with new gradients for each."
-    if complement_loss is None: complement_loss = ComplementEntropyLoss()
+    if complement_loss is None:
+        complement_loss = ComplementEntropyLoss()
     how = opt, forward, backward, context, scaler, clip
     first = _Update(model, opt, loss_func, *how)
     second = _Update(model, complement_opt, complement_loss, *how)
     parameters = _parameters(model, opt, complement_opt)
     waiting = _waiting.setdefault(opt, [])
-    if not waiting: _no_gradients(parameters)
+    if not waiting:
+        _no_gradients(parameters)
     batch = (x,) if y is None else (x, y)
     loss = first.add(batch, 1)
     waiting.append((batch, None))
-    if not first.syncs(): return loss, torch.full_like(loss, math.nan)
+    if not first.syncs():
+        return loss, torch.full_like(loss, math.nan)
     del _waiting[opt]
     first.apply(parameters)
-    for p in parameters: p.grad = None
+    for p in parameters:
+        p.grad = None
     return loss, _second(second, waiting, parameters)
 
+
 def _no_gradients(
-    parameters, # whose gradients are None or 0, and become None
+    parameters,  # whose gradients are None or 0, and become None
 ):
     "`InputError` if there are gradients that this batch's would be mixed with."
     for p in parameters:
         if p.grad is not None and p.grad.norm():
-            raise InputError('there are gradients already, and complement_step updates '
-                'by its batch alone: zero them, or accumulate with ComplementUpdate')
+            raise InputError(
+                'there are gradients already, and complement_step updates '
+                'by its batch alone: zero them, or accumulate with ComplementUpdate'
+            )
         p.grad = None
 
 # %% ../nbs/03c_two_updates.ipynb #400ae778
 def _share(
-    trainer, # Hugging Face Trainer
+    trainer,  # Hugging Face Trainer
     inputs,  # dict, one micro-batch
-    items,   # labels in all micro-batches of this update, or None
-):           # weight of this micro-batch in the update
+    items,  # labels in all micro-batches of this update, or None
+):  # weight of this micro-batch in the update
     "Weight of a micro-batch in the Trainer's own loss: by its labels, or all alike."
-    counts = getattr(trainer, 'loss_is_scaled_for_ga', None) # what it was told, or finds
-    if counts is None: counts = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func
-    if items is None or not counts: return 1/trainer.current_gradient_accumulation_steps
+    counts = getattr(
+        trainer, 'loss_is_scaled_for_ga', None
+    )  # what it was told, or finds
+    if counts is None:
+        counts = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func
+    if items is None or not counts:
+        return 1 / trainer.current_gradient_accumulation_steps
     dtype = torch.promote_types(next(trainer.model.parameters()).dtype, torch.float32)
-    share = (inputs['labels'] != -100).sum(dtype=dtype)/items
+    share = (inputs['labels'] != -100).sum(dtype=dtype) / items
     several = trainer.args.average_tokens_across_devices
-    return share*trainer.accelerator.num_processes if several else share
+    return share * trainer.accelerator.num_processes if several else share
+
 
 def _refuse(
     trainer,  # Hugging Face Trainer
-    callback, # transformers' `TrainerCallback`
+    callback,  # transformers' `TrainerCallback`
 ):
     "`InputError` where the second update could not be made, or would be made twice."
     if not hasattr(callback, 'on_optimizer_step'):
@@ -345,26 +417,33 @@ def _refuse(
     if hasattr(trainer, 'complement_update'):
         raise InputError('this Trainer makes complement updates already')
 
+
 def complement_trainer(
-    trainer,                # Hugging Face Trainer, before `train`
-    loss_func=None,         # complement objective; None: `ComplementEntropyLoss()`
-    optimizer:str='second', # 'second': one with a state of its own; or 'shared'
-    forward=logits_and_classes, # (model, dict) → logits (N, K, …), classes (N, …)
-):                          # the same Trainer; it logs `complement_loss` next to `loss`
+    trainer,  # Hugging Face Trainer, before `train`
+    loss_func=None,  # complement objective; None: `ComplementEntropyLoss()`
+    optimizer: str = 'second',  # 'second': one with a state of its own; or 'shared'
+    forward=logits_and_classes,  # (model, dict) → logits (N, K, …), classes (N, …)
+):  # the same Trainer; it logs `complement_loss` next to `loss`
     "Make a Hugging Face Trainer train with COT's Algorithm 1."
     from transformers import TrainerCallback
+
     choose(optimizer, dict(second=0, shared=0), 'optimizer')
     _refuse(trainer, TrainerCallback)
     training_step, log = trainer.training_step, trainer.log
-    trainer.complement_update, sums = None, [0., 0] # sum of losses, number of updates
+    trainer.complement_update, sums = None, [0.0, 0]  # sum of losses, number of updates
 
     class ComplementUpdates(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             trainer.complement_update = ComplementUpdate(
-                trainer.model_wrapped, trainer.optimizer,
-                trainer.optimizer if optimizer == 'shared' else None, loss_func,
-                forward=forward, backward=trainer.accelerator.backward,
-                clip=args.max_grad_norm or None)
+                trainer.model_wrapped,
+                trainer.optimizer,
+                trainer.optimizer if optimizer == 'shared' else None,
+                loss_func,
+                forward=forward,
+                backward=trainer.accelerator.backward,
+                clip=args.max_grad_norm or None,
+            )
+
         def on_optimizer_step(self, args, state, control, **kwargs):
             sums[:] = sums[0] + trainer.complement_update.step(), sums[1] + 1
 
@@ -376,8 +455,8 @@ def complement_trainer(
 
     def log_both(logs, *args, **kwargs):
         if 'loss' in logs and sums[1]:
-            mean = trainer.accelerator.reduce(sums[0]/sums[1], 'mean')
-            logs['complement_loss'], sums[:] = mean.item(), (0., 0)
+            mean = trainer.accelerator.reduce(sums[0] / sums[1], 'mean')
+            logs['complement_loss'], sums[:] = mean.item(), (0.0, 0)
         return log(logs, *args, **kwargs)
 
     trainer.training_step, trainer.log = step_and_keep, log_both

@@ -2,6 +2,7 @@
 
 python scripts/readme.py          writes README.md
 python scripts/readme.py --check  exit status 1 where README.md is not in step"""
+
 import json
 import re
 import sys
@@ -15,20 +16,28 @@ root = Path(__file__).resolve().parent.parent
 
 def outputs(cell: dict) -> list[str]:
     "Text outputs of a code cell, indented as Quarto does."
-    texts = [''.join(o.get('text', o.get('data', {}).get('text/plain', []))) for o in cell['outputs']]
-    return ['\n'.join(f'    {line}'.rstrip() for line in text.strip('\n').split('\n')) for text in texts if text.strip()]
+    texts = [
+        ''.join(o.get('text', o.get('data', {}).get('text/plain', [])))
+        for o in cell['outputs']
+    ]
+    return [
+        '\n'.join(f'    {line}'.rstrip() for line in text.strip('\n').split('\n'))
+        for text in texts
+        if text.strip()
+    ]
 
 
 def blocks(cell: dict) -> list[str]:
     "The Markdown blocks of one cell."
     source = ''.join(cell['source'])
     if cell['cell_type'] == 'markdown':
-        if source.startswith('# '): # title and description
+        if source.startswith('# '):  # title and description
             title, description = source.split('\n\n> ')
             return [title, textwrap.fill(description.strip(), 72)]
         return [NbdevLookup().linkify(source)]
     directives = re.findall(r'^#\|\s*(.*)', source, re.M)
-    if any(d.split(':')[0] in ('hide', 'default_exp') for d in directives): return []
+    if any(d.split(':')[0] in ('hide', 'default_exp') for d in directives):
+        return []
     code = '\n'.join(line for line in source.split('\n') if not line.startswith('#|'))
     return [f'``` python\n{code}\n```', *outputs(cell)]
 
@@ -42,10 +51,18 @@ def readme(notebook: Path) -> str:
 
 
 def main() -> int:
-    path, text = root/'README.md', readme(root/'nbs'/'index.ipynb')
-    if '--check' not in sys.argv: path.write_text(text, encoding='utf-8')
-    elif path.read_text(encoding='utf-8') != text: return print('README.md is not in step with nbs/index.ipynb: run python scripts/readme.py') or 1
+    path, text = root / 'README.md', readme(root / 'nbs' / 'index.ipynb')
+    if '--check' not in sys.argv:
+        path.write_text(text, encoding='utf-8')
+    elif path.read_text(encoding='utf-8') != text:
+        return (
+            print(
+                'README.md is not in step with nbs/index.ipynb: run python scripts/readme.py'
+            )
+            or 1
+        )
     return 0
 
 
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__':
+    sys.exit(main())

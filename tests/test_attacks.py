@@ -1,4 +1,5 @@
 "What every attack of the registry promises, on small networks: the same in every range and type, safe, and never fooled by its own settings."
+
 import copy
 import warnings
 
@@ -15,8 +16,15 @@ from complement_objectives.core import InputError
 
 INF = float('inf')
 # few steps, so that the tests are quick; `cw_wb` needs a density and has its own page
-SHORT = dict(cw=dict(steps=20, binary_search_steps=1), cw_hc=dict(steps=20, binary_search_steps=1, confidence=0.5),
-             square=dict(n_queries=60), apgd_ce=dict(steps=8), apgd_dlr=dict(steps=8), apgd_t=dict(steps=8, n_targets=2), fmn=dict(steps=15))
+SHORT = dict(
+    cw=dict(steps=20, binary_search_steps=1),
+    cw_hc=dict(steps=20, binary_search_steps=1, confidence=0.5),
+    square=dict(n_queries=60),
+    apgd_ce=dict(steps=8),
+    apgd_dlr=dict(steps=8),
+    apgd_t=dict(steps=8, n_targets=2),
+    fmn=dict(steps=15),
+)
 NAMES = [name for name in ATTACKS if name != 'cw_wb']
 GRADIENT = ['fgsm', 'bim', 'pgd', 'mim', 'ilcm']
 RANGES = [(0, 1), (-1, 1), (0, 255)]
@@ -31,50 +39,100 @@ def quiet():
 
 class Affine(nn.Module):
     "shift + scale·x before a network, out of place or in place"
-    def __init__(self, net, scale=1., shift=0., inplace=False):
+
+    def __init__(self, net, scale=1.0, shift=0.0, inplace=False):
         super().__init__()
         self.net, self.scale, self.shift, self.inplace = net, scale, shift, inplace
         self.eval()
 
     def forward(self, x):
-        return self.net(x.mul_(self.scale).add_(self.shift) if self.inplace else x*self.scale + self.shift)
+        return self.net(
+            x.mul_(self.scale).add_(self.shift)
+            if self.inplace
+            else x * self.scale + self.shift
+        )
 
 
 def network(dtype=torch.float64):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(144, 5)).double()
-    for p in net.parameters(): p.data.mul_(3)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(144, 5)
+    ).double()
+    for p in net.parameters():
+        p.data.mul_(3)
     return net.to(dtype).eval()
 
 
 def images(n=6, dtype=torch.float64):
-    return torch.rand(n, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return torch.rand(
+        n, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    ).to(dtype)
 
 
-def make(name, **settings): return make_attack(name, **SHORT.get(name, {}) | settings)
+def make(name, **settings):
+    return make_attack(name, **SHORT.get(name, {}) | settings)
 
-def radius(attack, eps=0.1, width=1): # of its norm; None where the attack minimises in another
-    return eps*width if attack.distance.p == INF else None
 
-def answers(model, x): # by the model itself, on a copy
-    with torch.no_grad(): return model(x.clone()).argmax(1)
+def radius(
+    attack, eps=0.1, width=1
+):  # of its norm; None where the attack minimises in another
+    return eps * width if attack.distance.p == INF else None
 
-def within(x_adv, x, eps, bounds=(0, 1)): # exactly, in doubles
-    assert x_adv.dtype == x.dtype and x_adv.min() >= bounds[0] and x_adv.max() <= bounds[1]
-    return eps is None or (x_adv.double() - x.double()).abs().max() <= eps*(1 + 1e-15)
+
+def answers(model, x):  # by the model itself, on a copy
+    with torch.no_grad():
+        return model(x.clone()).argmax(1)
+
+
+def within(x_adv, x, eps, bounds=(0, 1)):  # exactly, in doubles
+    assert (
+        x_adv.dtype == x.dtype and x_adv.min() >= bounds[0] and x_adv.max() <= bounds[1]
+    )
+    return eps is None or (x_adv.double() - x.double()).abs().max() <= eps * (1 + 1e-15)
 
 
 # ------------------------------------------------------------------ one image, many ranges
 
-def forms(net): # name → (model, range of its pixels), all the same network
+
+def forms(net):  # name → (model, range of its pixels), all the same network
     low, spread = 0.4, 0.3
     inner = Affine(net, spread, low)
-    preprocessing = dict(mean=torch.tensor([low], dtype=torch.float64), std=torch.tensor([spread], dtype=torch.float64), axis=-3)
-    foolbox = {f'foolbox {r}': (fb.PyTorchModel(Affine(net, 1/(r[1] - r[0]), -r[0]/(r[1] - r[0])), bounds=r, device='cpu'), r) for r in RANGES}
-    moved = {f'moved {r}': (fb.PyTorchModel(net, bounds=(0, 1), device='cpu').transform_bounds(r), r) for r in RANGES}
-    return foolbox | moved | {
-        'mean and std': (fb.PyTorchModel(inner, bounds=(0, 1), device='cpu', preprocessing=preprocessing), (0, 1)),
-        'normalises itself': (Affine(inner, 1/spread, -low/spread), (0, 1))}
+    preprocessing = dict(
+        mean=torch.tensor([low], dtype=torch.float64),
+        std=torch.tensor([spread], dtype=torch.float64),
+        axis=-3,
+    )
+    foolbox = {
+        f'foolbox {r}': (
+            fb.PyTorchModel(
+                Affine(net, 1 / (r[1] - r[0]), -r[0] / (r[1] - r[0])),
+                bounds=r,
+                device='cpu',
+            ),
+            r,
+        )
+        for r in RANGES
+    }
+    moved = {
+        f'moved {r}': (
+            fb.PyTorchModel(net, bounds=(0, 1), device='cpu').transform_bounds(r),
+            r,
+        )
+        for r in RANGES
+    }
+    return (
+        foolbox
+        | moved
+        | {
+            'mean and std': (
+                fb.PyTorchModel(
+                    inner, bounds=(0, 1), device='cpu', preprocessing=preprocessing
+                ),
+                (0, 1),
+            ),
+            'normalises itself': (Affine(inner, 1 / spread, -low / spread), (0, 1)),
+        }
+    )
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -84,45 +142,92 @@ def test_the_same_in_every_range(name):
     _, expected, success = attack(net, x, y, epsilons=radius(attack))
     for form, (model, (low, high)) in forms(net).items():
         width = high - low
-        given = low + width*x
+        given = low + width * x
         eps = radius(attack, width=width)
         _, x_adv, ok = attack(model, given, y, epsilons=eps)
         assert torch.equal(ok, success), form
         assert torch.equal(ok, answers(model, x_adv) != y), form
-        found = (x_adv - low)/width
+        found = (x_adv - low) / width
         assert (found - expected).abs().max() < 1e-9, form
         assert within(x_adv, given, eps, (low, high)), form
         assert torch.equal(x_adv[~ok], given[~ok]), form
 
 
-@pytest.mark.parametrize('attack', [L2APGD(steps=8), L2FMN(steps=15), PGD(steps=5).repeat(2), JSMA(target='random', gamma=0.3).repeat(2)], ids=repr)
+@pytest.mark.parametrize(
+    'attack',
+    [
+        L2APGD(steps=8),
+        L2FMN(steps=15),
+        PGD(steps=5).repeat(2),
+        JSMA(target='random', gamma=0.3).repeat(2),
+    ],
+    ids=repr,
+)
 def test_the_same_in_every_range_in_other_norms(attack):
     net, x = network(), images()
     y, eps = answers(net, x), 5 if attack.distance.p == 0 else 0.3
     expected = attack(net, x, y, epsilons=eps)
     for low, high in RANGES[1:]:
-        model, width = fb.PyTorchModel(net, bounds=(0, 1), device='cpu').transform_bounds((low, high)), high - low
-        _, x_adv, ok = attack(model, low + width*x, y, epsilons=eps*(1 if attack.distance.p == 0 else width))
-        assert torch.equal(ok, expected[2]) and torch.equal(ok, answers(model, x_adv) != y)
-        found = (x_adv - low)/width # FMN meets points that are equally far up to rounding, and may take the other
-        if 'FMN' in repr(attack): assert (attack.distance(x, found) - attack.distance(x, expected[1])).abs().max() < 1e-9
-        else: assert (found - expected[1]).abs().max() < 1e-9
+        model, width = (
+            fb.PyTorchModel(net, bounds=(0, 1), device='cpu').transform_bounds(
+                (low, high)
+            ),
+            high - low,
+        )
+        _, x_adv, ok = attack(
+            model,
+            low + width * x,
+            y,
+            epsilons=eps * (1 if attack.distance.p == 0 else width),
+        )
+        assert torch.equal(ok, expected[2]) and torch.equal(
+            ok, answers(model, x_adv) != y
+        )
+        found = (
+            (x_adv - low) / width
+        )  # FMN meets points that are equally far up to rounding, and may take the other
+        if 'FMN' in repr(attack):
+            assert (
+                attack.distance(x, found) - attack.distance(x, expected[1])
+            ).abs().max() < 1e-9
+        else:
+            assert (found - expected[1]).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize('name', [n for n in NAMES if n not in ('ilcm', 'apgd_t')])
 def test_the_same_in_every_range_towards_targets(name):
     net, x = network(), images()
     target, attack = (answers(net, x) + 1) % 5, make(name)
-    _, expected, success = attack(net, x, TargetedMisclassification(target), epsilons=radius(attack, 0.3))
+    _, expected, success = attack(
+        net, x, TargetedMisclassification(target), epsilons=radius(attack, 0.3)
+    )
     for r in RANGES[1:]:
-        model, width = fb.PyTorchModel(net, bounds=(0, 1), device='cpu').transform_bounds(r), r[1] - r[0]
-        _, x_adv, ok = attack(model, r[0] + width*x, TargetedMisclassification(target), epsilons=radius(attack, 0.3, width))
-        assert torch.equal(ok, success) and torch.equal(ok, answers(model, x_adv) == target)
-        found = (x_adv - r[0])/width
+        model, width = (
+            fb.PyTorchModel(net, bounds=(0, 1), device='cpu').transform_bounds(r),
+            r[1] - r[0],
+        )
+        _, x_adv, ok = attack(
+            model,
+            r[0] + width * x,
+            TargetedMisclassification(target),
+            epsilons=radius(attack, 0.3, width),
+        )
+        assert torch.equal(ok, success) and torch.equal(
+            ok, answers(model, x_adv) == target
+        )
+        found = (x_adv - r[0]) / width
         assert (found - expected).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize('settings', [dict(abs_stepsize=0.02), dict(rel_stepsize=0.3), dict(random_start=True), dict(step_rule='full')])
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(abs_stepsize=0.02),
+        dict(rel_stepsize=0.3),
+        dict(random_start=True),
+        dict(step_rule='full'),
+    ],
+)
 @pytest.mark.parametrize('name', ['bim', 'mim', 'pgd', 'ilcm'])
 def test_step_sizes_in_every_range(name, settings):
     net, x = network(), images()
@@ -130,54 +235,94 @@ def test_step_sizes_in_every_range(name, settings):
     expected = make(name, **settings).craft(net, x, y, epsilon=0.1)
     for low, high in RANGES[1:]:
         width = high - low
-        scaled = settings | ({'abs_stepsize': 0.02*width} if 'abs_stepsize' in settings else {}) # in units of the model's range, as foolbox has it
-        model = fb.PyTorchModel(net, bounds=(0, 1), device='cpu').transform_bounds((low, high))
-        x_adv = make(name, **scaled).craft(model, low + width*x, y, epsilon=0.1*width)
-        assert ((x_adv - low)/width - expected).abs().max() < 1e-9
+        scaled = settings | (
+            {'abs_stepsize': 0.02 * width} if 'abs_stepsize' in settings else {}
+        )  # in units of the model's range, as foolbox has it
+        model = fb.PyTorchModel(net, bounds=(0, 1), device='cpu').transform_bounds(
+            (low, high)
+        )
+        x_adv = make(name, **scaled).craft(
+            model, low + width * x, y, epsilon=0.1 * width
+        )
+        assert ((x_adv - low) / width - expected).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize('denominator', [2, 3, 15, 16, 31, 63, 64, 100, 128, 255, 256, 1023, 65535])
+@pytest.mark.parametrize(
+    'denominator', [2, 3, 15, 16, 31, 63, 64, 100, 128, 255, 256, 1023, 65535]
+)
 def test_keys_do_not_hang_on_roundings(denominator):
-    x = torch.randint(0, denominator + 1, (50, 1, 8, 8), generator=torch.Generator().manual_seed(0))/denominator
+    x = (
+        torch.randint(
+            0,
+            denominator + 1,
+            (50, 1, 8, 8),
+            generator=torch.Generator().manual_seed(0),
+        )
+        / denominator
+    )
     keys = sample_keys(x)
     for low, high in ((-1, 1), (0, 255), (-2.1179, 2.6400)):
-        given = low + (high - low)*x
-        assert torch.equal(sample_keys((given - low)/(high - low)), keys)
+        given = low + (high - low) * x
+        assert torch.equal(sample_keys((given - low) / (high - low)), keys)
         assert torch.equal(sample_keys(given, bounds=(low, high)), keys)
 
 
 def test_an_attack_of_ones_own_sees_one_range():
     class Seen(PlainCall, fb.attacks.base.FixedEpsilonAttack):
         distance = fb.distances.linf
+
         def run(self, model, inputs, criterion, *, epsilon):
-            self.saw = inputs.min().item(), inputs.max().item(), epsilon, tuple(model.bounds)
+            self.saw = (
+                inputs.min().item(),
+                inputs.max().item(),
+                epsilon,
+                tuple(model.bounds),
+            )
             return inputs + epsilon
+
     attack, x = Seen(), images()
-    model = fb.PyTorchModel(network(), bounds=(0, 1), device='cpu').transform_bounds((0, 255))
-    x_adv = attack.craft(model, 255*x, answers(network(), x), epsilon=25.5)
-    assert attack.saw[1] <= 1 and attack.saw[2:] == (25.5/255, (0, 1))
-    assert (x_adv - (255*x + 25.5).clamp(max=255)).abs().max() < 1e-9
+    model = fb.PyTorchModel(network(), bounds=(0, 1), device='cpu').transform_bounds(
+        (0, 255)
+    )
+    x_adv = attack.craft(model, 255 * x, answers(network(), x), epsilon=25.5)
+    assert attack.saw[1] <= 1 and attack.saw[2:] == (25.5 / 255, (0, 1))
+    assert (x_adv - (255 * x + 25.5).clamp(max=255)).abs().max() < 1e-9
 
 
 # ------------------------------------------------------------------ `run`, as foolbox's own attacks of attacks use it
+
 
 @pytest.mark.parametrize('name', NAMES)
 def test_run_is_as_safe_as_the_call(name):
     net, x, attack = network(), images(), make(name)
     y = answers(net, x)
     model = fb.PyTorchModel(net, bounds=(0, 1), device='cpu').transform_bounds((-1, 1))
-    given, word = 2*x - 1, 'epsilon' if isinstance(attack, fb.attacks.base.FixedEpsilonAttack) else 'early_stop'
+    given, word = (
+        2 * x - 1,
+        'epsilon'
+        if isinstance(attack, fb.attacks.base.FixedEpsilonAttack)
+        else 'early_stop',
+    )
     eps = radius(attack, width=2)
     kept, flags = given.clone(), [p.requires_grad for p in net.parameters()]
     out = attack.run(model, given, Misclassification(y), **{word: eps})
-    assert torch.equal(given, kept) and out.dtype == given.dtype and [p.requires_grad for p in net.parameters()] == flags
+    assert (
+        torch.equal(given, kept)
+        and out.dtype == given.dtype
+        and [p.requires_grad for p in net.parameters()] == flags
+    )
     assert within(out, given, eps if word == 'epsilon' else None, (-1, 1))
-    assert torch.equal(out, attack.run(model, given, y, **{word: eps})) # labels will do
-    plain = attack.run(net, x, y, **{word: radius(attack)}) # a plain network, too
-    assert ((out + 1)/2 - plain).abs().max() < 1e-9
-    with pytest.raises(InputError, match='pixels span'): attack.run(model, given*1.1, y, **{word: eps})
-    with pytest.raises(InputError, match='one class index'): attack.run(model, given, y[:2], **{word: eps})
-    with pytest.raises(InputError): attack.run(model, given, y, **{word: -0.1})
+    assert torch.equal(
+        out, attack.run(model, given, y, **{word: eps})
+    )  # labels will do
+    plain = attack.run(net, x, y, **{word: radius(attack)})  # a plain network, too
+    assert ((out + 1) / 2 - plain).abs().max() < 1e-9
+    with pytest.raises(InputError, match='pixels span'):
+        attack.run(model, given * 1.1, y, **{word: eps})
+    with pytest.raises(InputError, match='one class index'):
+        attack.run(model, given, y[:2], **{word: eps})
+    with pytest.raises(InputError):
+        attack.run(model, given, y, **{word: -0.1})
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -186,11 +331,13 @@ def test_on_and_off_without_gradients(name):
     y = answers(net, x)
     expected = attack(net, x, y, epsilons=radius(attack))[1]
     for context in (torch.no_grad, torch.inference_mode):
-        with context(): found = attack(net, x.clone(), y, epsilons=radius(attack))[1]
+        with context():
+            found = attack(net, x.clone(), y, epsilons=radius(attack))[1]
         assert torch.equal(found.clone(), expected)
 
 
 # ------------------------------------------------------------------ types
+
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('name', NAMES)
@@ -201,68 +348,123 @@ def test_half_networks(name, dtype):
     for model, x in ((net, wide.to(dtype)), (net, wide), (foolbox, wide.to(dtype))):
         y, eps = answers(net, x.to(dtype)), radius(attack)
         _, x_adv, ok = attack(model, x, y, epsilons=eps)
-        assert within(x_adv, x, eps) and torch.equal(ok, answers(net, x_adv.to(dtype)) != y)
+        assert within(x_adv, x, eps) and torch.equal(
+            ok, answers(net, x_adv.to(dtype)) != y
+        )
         assert torch.equal(x_adv[~ok], x[~ok])
-    single = network(torch.float32) # half precision is no defence
+    single = network(torch.float32)  # half precision is no defence
     y = answers(single, wide)
     full = attack(single, wide, y, epsilons=radius(attack))[2].float().mean()
     half = attack(net, wide.to(dtype), y, epsilons=radius(attack))[2].float().mean()
     assert half >= full - 0.26
 
 
-@pytest.mark.parametrize('kinds', [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float32, torch.float16)])
+@pytest.mark.parametrize(
+    'kinds',
+    [
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+        (torch.float32, torch.float16),
+    ],
+)
 @pytest.mark.parametrize('name', NAMES)
 def test_images_of_another_type_than_the_network(name, kinds):
     of_net, of_images = kinds
     attack, net, x = make(name), network(of_net), images(dtype=of_images)
     y = answers(net, x.to(of_net))
     _, x_adv, ok = attack(net, x, y, epsilons=radius(attack))
-    assert within(x_adv, x, radius(attack)) and torch.equal(ok, answers(net, x_adv.to(of_net)) != y)
+    assert within(x_adv, x, radius(attack)) and torch.equal(
+        ok, answers(net, x_adv.to(of_net)) != y
+    )
 
 
 # ------------------------------------------------------------------ settings that make nonsense look robust
 
 SENSELESS = [(PGD, dict(steps=s)) for s in (0, -1, 2.5, '3', float('nan'), None)]
-SENSELESS += [(A, {k: v}) for A in (BIM, PGD, MIM, ILCM) for k in ('rel_stepsize', 'abs_stepsize') for v in (0, -0.1, float('nan'), INF, '0.1')]
-SENSELESS += [(BIM, dict(steps=0)), (MIM, dict(steps=-3)), (ILCM, dict(steps=0)), (MIM, dict(mu=-1)), (MIM, dict(mu=float('nan'))), (PGD, dict(seed=1.5)),
-              (PGD, dict(step_rule='other')), (PGD, dict(step_rule='even', rel_stepsize=0.1)), (FGSM, dict(seed='a')), (GradientAttack, dict(steps=0))]
-SENSELESS += [(JSMA, {k: v}) for k, vs in dict(theta=(0, float('nan'), INF, '1'), gamma=(0, -1, 1.5, float('nan'), '1'), steps=(0, -1, 2.5), per_step=(0, 1.5),
-                                               batch_size=(0, -1, 1.5), seed=(0.5,), output=('p',), target=('next',)).items() for v in vs]
+SENSELESS += [
+    (A, {k: v})
+    for A in (BIM, PGD, MIM, ILCM)
+    for k in ('rel_stepsize', 'abs_stepsize')
+    for v in (0, -0.1, float('nan'), INF, '0.1')
+]
+SENSELESS += [
+    (BIM, dict(steps=0)),
+    (MIM, dict(steps=-3)),
+    (ILCM, dict(steps=0)),
+    (MIM, dict(mu=-1)),
+    (MIM, dict(mu=float('nan'))),
+    (PGD, dict(seed=1.5)),
+    (PGD, dict(step_rule='other')),
+    (PGD, dict(step_rule='even', rel_stepsize=0.1)),
+    (FGSM, dict(seed='a')),
+    (GradientAttack, dict(steps=0)),
+]
+SENSELESS += [
+    (JSMA, {k: v})
+    for k, vs in dict(
+        theta=(0, float('nan'), INF, '1'),
+        gamma=(0, -1, 1.5, float('nan'), '1'),
+        steps=(0, -1, 2.5),
+        per_step=(0, 1.5),
+        batch_size=(0, -1, 1.5),
+        seed=(0.5,),
+        output=('p',),
+        target=('next',),
+    ).items()
+    for v in vs
+]
 
-@pytest.mark.parametrize('kind, settings', SENSELESS, ids=lambda v: str(v) if isinstance(v, dict) else v.__name__)
+
+@pytest.mark.parametrize(
+    'kind, settings',
+    SENSELESS,
+    ids=lambda v: str(v) if isinstance(v, dict) else v.__name__,
+)
 def test_senseless_settings_are_refused(kind, settings):
-    with pytest.raises(InputError) as told: kind(**settings)
+    with pytest.raises(InputError) as told:
+        kind(**settings)
     assert '\n' not in str(told.value)
 
 
 @pytest.mark.parametrize('times', [0, -1, 1.5, '2', None])
 @pytest.mark.parametrize('kind', [PGD, JSMA])
 def test_senseless_repeats_are_refused(kind, times):
-    with pytest.raises(InputError): kind().repeat(times)
+    with pytest.raises(InputError):
+        kind().repeat(times)
 
 
 def test_a_share_that_leaves_no_feature():
     net, x = network(), images()
     for attack in (JSMA(gamma=0.02), JSMA(gamma=0.04, pairs=True)):
-        with pytest.raises(InputError, match='gamma is'): attack(net, x, answers(net, x), epsilons=None)
+        with pytest.raises(InputError, match='gamma is'):
+            attack(net, x, answers(net, x), epsilons=None)
 
 
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('as_foolbox', [False, True])
 def test_one_logit_is_refused(name, as_foolbox):
     net = nn.Sequential(nn.Flatten(), nn.Linear(36, 1)).double().eval()
-    model, attack = fb.PyTorchModel(net, bounds=(0, 1), device='cpu') if as_foolbox else net, make(name)
-    with pytest.raises(InputError, match='1 logit'): attack(model, images(), torch.zeros(6).long(), epsilons=radius(attack))
+    model, attack = (
+        fb.PyTorchModel(net, bounds=(0, 1), device='cpu') if as_foolbox else net,
+        make(name),
+    )
+    with pytest.raises(InputError, match='1 logit'):
+        attack(model, images(), torch.zeros(6).long(), epsilons=radius(attack))
 
 
-@pytest.mark.parametrize('eps', ['0.1', -0.1, float('nan'), INF, [0.1, 'a'], torch.ones(2, 2), 1j, []])
+@pytest.mark.parametrize(
+    'eps', ['0.1', -0.1, float('nan'), INF, [0.1, 'a'], torch.ones(2, 2), 1j, []]
+)
 def test_senseless_radii_are_refused(eps):
-    with pytest.raises(InputError): PGD()(network(), images(), torch.zeros(6).long(), epsilons=eps)
+    with pytest.raises(InputError):
+        PGD()(network(), images(), torch.zeros(6).long(), epsilons=eps)
 
 
 def test_a_text_is_told_to_be_text():
-    with pytest.raises(InputError, match="text '0.1'"): PGD()(network(), images(), torch.zeros(6).long(), epsilons='0.1')
-    with pytest.raises(InputError, match="text '0.1'"): attack(network(), images(), torch.zeros(6).long(), 'pgd', '0.1')
+    with pytest.raises(InputError, match="text '0.1'"):
+        PGD()(network(), images(), torch.zeros(6).long(), epsilons='0.1')
+    with pytest.raises(InputError, match="text '0.1'"):
+        attack(network(), images(), torch.zeros(6).long(), 'pgd', '0.1')
 
 
 @pytest.mark.parametrize('name', ['fgsm', 'pgd', 'fmn', 'cw'])
@@ -270,50 +472,97 @@ def test_radii_of_every_kind(name):
     net, x, attack = network(), images(), make(name)
     y = answers(net, x)
     one = attack(net, x, y, epsilons=0.125)
-    for eps in (torch.tensor(0.125), np.float32(0.125), np.float64(0.125), np.array(0.125)):
-        for a, b in zip(attack(net, x, y, epsilons=eps), one): assert torch.equal(a, b)
+    for eps in (
+        torch.tensor(0.125),
+        np.float32(0.125),
+        np.float64(0.125),
+        np.array(0.125),
+    ):
+        for a, b in zip(attack(net, x, y, epsilons=eps), one):
+            assert torch.equal(a, b)
     two = attack(net, x, y, epsilons=[0.125, 0.25])
-    for eps in (torch.tensor([0.125, 0.25]), np.array([0.125, 0.25]), (0.125, 0.25), [torch.tensor(0.125), np.float32(0.25)], iter([0.125, 0.25])):
+    for eps in (
+        torch.tensor([0.125, 0.25]),
+        np.array([0.125, 0.25]),
+        (0.125, 0.25),
+        [torch.tensor(0.125), np.float32(0.25)],
+        iter([0.125, 0.25]),
+    ):
         found = attack(net, x, y, epsilons=eps)
-        assert torch.equal(found[2], two[2]) and all(torch.equal(a, b) for a, b in zip(found[1], two[1]))
+        assert torch.equal(found[2], two[2]) and all(
+            torch.equal(a, b) for a, b in zip(found[1], two[1])
+        )
     assert attack(net, x, y, epsilons=torch.tensor([0.125]))[2].shape == (1, 6)
 
 
 # ------------------------------------------------------------------ steps that cross the ball
 
+
 def test_few_steps_do_as_much_as_apgd():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(36, 5)).double().eval()
-    x = 0.3 + 0.4*images(40)
+    x = 0.3 + 0.4 * images(40)
     y, eps = answers(net, x), 0.1
     best = APGD(steps=50)(net, x, y, epsilons=eps)[2].double().mean()
     for steps in (1, 2, 5, 10, 40, 100):
-        for attack in (PGD(steps=steps), BIM(steps=steps), BIM(steps=steps, random_start=True), MIM(steps=steps, random_start=True), make('pgd', steps=steps)):
-            if steps == 40 and attack.step_rule == 'gce-script': continue # what the paper's authors ran
-            assert attack(net, x, y, epsilons=eps)[2].double().mean() >= best - 0.05, attack
-    assert PGD(steps=10, step_rule='gce-script')(net, x, y, epsilons=eps)[2].double().mean() < best - 0.2
+        for attack in (
+            PGD(steps=steps),
+            BIM(steps=steps),
+            BIM(steps=steps, random_start=True),
+            MIM(steps=steps, random_start=True),
+            make('pgd', steps=steps),
+        ):
+            if steps == 40 and attack.step_rule == 'gce-script':
+                continue  # what the paper's authors ran
+            assert attack(net, x, y, epsilons=eps)[2].double().mean() >= best - 0.05, (
+                attack
+            )
+    assert (
+        PGD(steps=10, step_rule='gce-script')(net, x, y, epsilons=eps)[2]
+        .double()
+        .mean()
+        < best - 0.2
+    )
 
 
 def test_the_papers_rules_by_name():
-    assert make_attack('pgd').rel_stepsize == 1/30 and make_attack('pgd').step_rule == 'gce-script'
-    assert [make_attack(n).step_rule for n in ('bim', 'mim', 'ilcm', 'fgsm')] == ['even']*4
-    assert [BIM(steps=7, step_rule=r).rel_stepsize for r in ('crossing', 'even', 'full', 'gce-script')] == [2.5/7, 1/7, 1, 1/30]
-    changed = PGD(); changed.steps = 10
+    assert (
+        make_attack('pgd').rel_stepsize == 1 / 30
+        and make_attack('pgd').step_rule == 'gce-script'
+    )
+    assert [make_attack(n).step_rule for n in ('bim', 'mim', 'ilcm', 'fgsm')] == [
+        'even'
+    ] * 4
+    assert [
+        BIM(steps=7, step_rule=r).rel_stepsize
+        for r in ('crossing', 'even', 'full', 'gce-script')
+    ] == [2.5 / 7, 1 / 7, 1, 1 / 30]
+    changed = PGD()
+    changed.steps = 10
     assert changed.rel_stepsize == 0.25
     assert PGD(rel_stepsize=0.1).rel_stepsize == 0.1
 
 
 # ------------------------------------------------------------------ networks that work in place
 
+
 @pytest.mark.parametrize('as_foolbox', [False, True])
 @pytest.mark.parametrize('name', NAMES + ['transfer', 'restarts', 'worst case'])
 def test_networks_that_work_in_place(name, as_foolbox):
     net, x = network(), images()
-    made = {'transfer': lambda: Transfer(APGD(steps=8), Affine(net, 0.5, 0.2, inplace=True)), 'restarts': lambda: PGD(steps=5).repeat(2),
-            'worst case': lambda: worst_case([PGD(steps=5), make('square')])}
+    made = {
+        'transfer': lambda: Transfer(
+            APGD(steps=8), Affine(net, 0.5, 0.2, inplace=True)
+        ),
+        'restarts': lambda: PGD(steps=5).repeat(2),
+        'worst case': lambda: worst_case([PGD(steps=5), make('square')]),
+    }
     attack = made.get(name, lambda: make(name))()
     tame, wild = (Affine(net, 0.5, 0.2, inplace=i) for i in (False, True))
-    if as_foolbox: tame, wild = (fb.PyTorchModel(m, bounds=(0, 1), device='cpu') for m in (tame, wild))
+    if as_foolbox:
+        tame, wild = (
+            fb.PyTorchModel(m, bounds=(0, 1), device='cpu') for m in (tame, wild)
+        )
     y, kept, eps = answers(tame, x), x.clone(), radius(attack, 0.2)
     expected, found = (attack(m, x, y, epsilons=eps) for m in (tame, wild))
     assert torch.equal(x, kept) and within(found[1], x, eps)
@@ -325,25 +574,41 @@ def test_networks_that_work_in_place(name, as_foolbox):
 
 def test_robust_accuracy_leaves_the_images_alone():
     net, x = network(), images()
-    y, kept, wild = answers(Affine(net, 0.5, 0.2), x), x.clone(), Affine(net, 0.5, 0.2, inplace=True)
+    y, kept, wild = (
+        answers(Affine(net, 0.5, 0.2), x),
+        x.clone(),
+        Affine(net, 0.5, 0.2, inplace=True),
+    )
     for model in (wild, fb.PyTorchModel(wild, bounds=(0, 1), device='cpu')):
         table = robust_accuracy(model, x, y, [PGD(steps=5)], 0.05)
         assert torch.equal(x, kept) and table.loc['clean', 'alone'] == 1
 
 
-class Sneaky(nn.Module): # past the version counter
-    def __init__(self, net): super().__init__(); self.net = net; self.eval()
-    def forward(self, x): x.data.mul_(0.5); return self.net(x)
+class Sneaky(nn.Module):  # past the version counter
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.eval()
+
+    def forward(self, x):
+        x.data.mul_(0.5)
+        return self.net(x)
+
 
 @pytest.mark.parametrize('name', NAMES)
 def test_networks_that_write_past_autograd(name):
     net, x, attack = network(), images(), make(name)
     y, kept = answers(Sneaky(net), x), x.clone()
     _, x_adv, ok = attack(Sneaky(net), x, y, epsilons=radius(attack))
-    assert torch.equal(x, kept) and within(x_adv, x, radius(attack)) and torch.equal(ok, answers(Sneaky(net), x_adv) != y)
+    assert (
+        torch.equal(x, kept)
+        and within(x_adv, x, radius(attack))
+        and torch.equal(ok, answers(Sneaky(net), x_adv) != y)
+    )
 
 
 # ------------------------------------------------------------------ repeats
+
 
 @pytest.mark.parametrize('name', NAMES)
 def test_repeat(name):
@@ -355,21 +620,38 @@ def test_repeat(name):
     singles = []
     for i in range(times):
         one = copy.copy(attack)
-        if hasattr(one, 'seed'): one.seed = attack.seed + i
+        if hasattr(one, 'seed'):
+            one.seed = attack.seed + i
         singles.append(one(net, x, y, epsilons=eps))
-    assert torch.equal(ok, torch.stack([s[2] for s in singles]).any(0)) and torch.equal(ok, answers(net, x_adv) != y)
-    if eps is None: # the nearest
-        far = torch.stack([torch.where(s[2], attack.distance(x, s[1]), INF) for s in singles]).min(0).values
+    assert torch.equal(ok, torch.stack([s[2] for s in singles]).any(0)) and torch.equal(
+        ok, answers(net, x_adv) != y
+    )
+    if eps is None:  # the nearest
+        far = (
+            torch.stack(
+                [torch.where(s[2], attack.distance(x, s[1]), INF) for s in singles]
+            )
+            .min(0)
+            .values
+        )
         assert torch.equal(attack.distance(x, x_adv)[ok], far[ok])
-    assert torch.equal(x_adv, again(net, x, y, epsilons=eps)[1]) and repr(attack) == before
-    many = again(fb.PyTorchModel(net, bounds=(0, 1), device='cpu'), x, y, epsilons=[eps, eps])
+    assert (
+        torch.equal(x_adv, again(net, x, y, epsilons=eps)[1]) and repr(attack) == before
+    )
+    many = again(
+        fb.PyTorchModel(net, bounds=(0, 1), device='cpu'), x, y, epsilons=[eps, eps]
+    )
     assert torch.equal(many[1][1], x_adv) and many[2].shape == (2, 6)
 
 
 def test_repeats_of_repeats_take_new_seeds():
     heard = []
+
     class Listening(PGD):
-        def run(self, model, inputs, criterion, *, epsilon): heard.append(self.seed); return inputs
+        def run(self, model, inputs, criterion, *, epsilon):
+            heard.append(self.seed)
+            return inputs
+
     attack = Listening(seed=10)
     net, x = network(), images()
     attack.repeat(3).repeat(2)(net, x, answers(net, x), epsilons=0.01)
@@ -381,54 +663,89 @@ def test_repeats_of_repeats_take_new_seeds():
 
 # ------------------------------------------------------------------ gradients
 
-class OfTheSum(nn.Module): # its gradient is one number, expanded
-    def __init__(self): super().__init__(); self.head = nn.Linear(1, 5).double(); self.eval()
-    def forward(self, x): return self.head(x.flatten(1).sum(1, keepdim=True))
+
+class OfTheSum(nn.Module):  # its gradient is one number, expanded
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(1, 5).double()
+        self.eval()
+
+    def forward(self, x):
+        return self.head(x.flatten(1).sum(1, keepdim=True))
+
 
 @pytest.mark.parametrize('name', NAMES + ['l2apgd', 'l2fmn'])
 def test_gradients_that_are_expanded(name):
     torch.manual_seed(0)
     net, x = OfTheSum(), images()
-    attack = {'l2apgd': L2APGD(steps=5), 'l2fmn': L2FMN(steps=5)}.get(name) or make(name)
+    attack = {'l2apgd': L2APGD(steps=5), 'l2fmn': L2FMN(steps=5)}.get(name) or make(
+        name
+    )
     y = answers(net, x)
-    _, x_adv, ok = attack(net, x, y, epsilons=0.3 if attack.distance.p == INF or name == 'l2apgd' else None)
+    _, x_adv, ok = attack(
+        net,
+        x,
+        y,
+        epsilons=0.3 if attack.distance.p == INF or name == 'l2apgd' else None,
+    )
     assert torch.equal(ok, answers(net, x_adv) != y)
 
 
 class Loud(nn.Module):
-    def __init__(self, net, by): super().__init__(); self.net, self.by = net, by; self.eval()
-    def forward(self, x): return self.by*self.net(x)
+    def __init__(self, net, by):
+        super().__init__()
+        self.net, self.by = net, by
+        self.eval()
+
+    def forward(self, x):
+        return self.by * self.net(x)
+
 
 @pytest.mark.parametrize('name', GRADIENT)
 def test_saturated_logits_are_told_once(name):
     net, x = network(torch.float32), images(20, torch.float32)
     y = answers(net, x)
+
     def told(model, attack, **kwargs):
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter('always')
             attack(model, x, y, **kwargs)
         return [str(w.message) for w in heard if 'exactly zero' in str(w.message)]
-    criterion_free = name == 'ilcm' # it lowers a loss that is never flat there
+
+    criterion_free = name == 'ilcm'  # it lowers a loss that is never flat there
     assert told(net, make(name), epsilons=[0.01, 0.1]) == []
     loud = told(Loud(net, 1e4), make(name), epsilons=[0.01, 0.02])
     assert len(loud) == (0 if criterion_free else 1)
     assert len(told(Loud(net, 1e4), make(name, loss='margin'), epsilons=0.01)) == 0
-    if not criterion_free: assert len(told(Loud(net, 1e4), make(name).repeat(2), epsilons=0.01)) == 1
+    if not criterion_free:
+        assert len(told(Loud(net, 1e4), make(name).repeat(2), epsilons=0.01)) == 1
 
 
 def test_a_cut_off_network_is_told():
-    class Cut(nn.Module): # no pixel of 0 or 1 gets a gradient
-        def __init__(self, net): super().__init__(); self.net = net; self.eval()
-        def forward(self, x): return self.net(torch.where((x > 0) & (x < 1), x, x.detach()))
+    class Cut(nn.Module):  # no pixel of 0 or 1 gets a gradient
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+            self.eval()
+
+        def forward(self, x):
+            return self.net(torch.where((x > 0) & (x < 1), x, x.detach()))
+
     net, x = network(torch.float32), images(20, torch.float32).round()
     for attack in (FGSM(), BIM(), JSMA(gamma=0.2)):
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter('always')
-            attack(Cut(net), x, answers(net, x), epsilons=0.1 if attack.distance.p == INF else None)
+            attack(
+                Cut(net),
+                x,
+                answers(net, x),
+                epsilons=0.1 if attack.distance.p == INF else None,
+            )
         assert 'exactly zero on 100 %' in str(heard[-1].message)
 
 
 # ------------------------------------------------------------------ what counts as outside
+
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_rounding_beyond_the_bounds_is_no_error(name):
@@ -436,50 +753,94 @@ def test_a_rounding_beyond_the_bounds_is_no_error(name):
     x[:, :, 0, 0], x[:, :, 1, 1] = 1 + 2**-23, -2.98e-8
     y, kept, eps = answers(net, x), x.clone(), radius(attack)
     _, x_adv, ok = attack(net, x, y, epsilons=eps)
-    assert torch.equal(x, kept) and torch.equal(x_adv[~ok], x[~ok]) and torch.equal(ok, answers(net, x_adv) != y)
-    if eps is not None: assert (x_adv.double() - x.double()).abs().max() <= eps
-    with pytest.raises(InputError, match='2e-05 is too far out'): attack(net, x.clamp(0, 1)*1.00002/x.max(), y, epsilons=eps)
+    assert (
+        torch.equal(x, kept)
+        and torch.equal(x_adv[~ok], x[~ok])
+        and torch.equal(ok, answers(net, x_adv) != y)
+    )
+    if eps is not None:
+        assert (x_adv.double() - x.double()).abs().max() <= eps
+    with pytest.raises(InputError, match='2e-05 is too far out'):
+        attack(net, x.clamp(0, 1) * 1.00002 / x.max(), y, epsilons=eps)
 
 
 def test_the_excess_is_shown():
-    for x, words in ((torch.tensor([[0., 1.001]]), '0.001 is too far out'), (torch.tensor([[-0.25, 1.]]), '0.25 is too far out')):
-        with pytest.raises(InputError, match=words): check_images(x)
-    with pytest.raises(InputError, match=r'\[0, 255\], 1 is too far out'): check_images(torch.tensor([[256.]]), (0, 255))
+    for x, words in (
+        (torch.tensor([[0.0, 1.001]]), '0.001 is too far out'),
+        (torch.tensor([[-0.25, 1.0]]), '0.25 is too far out'),
+    ):
+        with pytest.raises(InputError, match=words):
+            check_images(x)
+    with pytest.raises(InputError, match=r'\[0, 255\], 1 is too far out'):
+        check_images(torch.tensor([[256.0]]), (0, 255))
 
 
 # ------------------------------------------------------------------ settings changed later, other inputs of the same kinds
 
-LATER = [(FGSM, 'steps', 0), (PGD, 'steps', -1), (BIM, 'steps', '3'), (MIM, 'mu', -1), (MIM, 'mu', float('nan')), (ILCM, 'abs_stepsize', -0.1),
-         (PGD, 'rel_stepsize', -0.1), (PGD, 'step_rule', 'other'), (PGD, 'seed', 1.5), (JSMA, 'steps', -1), (JSMA, 'gamma', float('nan')), (JSMA, 'theta', 0),
-         (JSMA, 'per_step', 0), (JSMA, 'output', 'p'), (JSMA, 'target', 'next'), (JSMA, 'batch_size', 0), (APGD, 'seed', 'a'), (Square, 'seed', 0.5),
-         (CarliniWagnerL2, 'seed', 1.5), (APGD, 'steps', 0), (lambda: PGD().repeat(2), 'times', 0), (lambda: JSMA().repeat(2), 'times', -1)]
+LATER = [
+    (FGSM, 'steps', 0),
+    (PGD, 'steps', -1),
+    (BIM, 'steps', '3'),
+    (MIM, 'mu', -1),
+    (MIM, 'mu', float('nan')),
+    (ILCM, 'abs_stepsize', -0.1),
+    (PGD, 'rel_stepsize', -0.1),
+    (PGD, 'step_rule', 'other'),
+    (PGD, 'seed', 1.5),
+    (JSMA, 'steps', -1),
+    (JSMA, 'gamma', float('nan')),
+    (JSMA, 'theta', 0),
+    (JSMA, 'per_step', 0),
+    (JSMA, 'output', 'p'),
+    (JSMA, 'target', 'next'),
+    (JSMA, 'batch_size', 0),
+    (APGD, 'seed', 'a'),
+    (Square, 'seed', 0.5),
+    (CarliniWagnerL2, 'seed', 1.5),
+    (APGD, 'steps', 0),
+    (lambda: PGD().repeat(2), 'times', 0),
+    (lambda: JSMA().repeat(2), 'times', -1),
+]
+
 
 @pytest.mark.parametrize('kind, name, value', LATER)
 def test_senseless_changes_are_refused(kind, name, value):
     attack = kind()
-    with pytest.raises(InputError) as told: setattr(attack, name, value)
-    assert name.split('_')[0] in str(told.value).replace('step rule', 'step_rule') and '\n' not in str(told.value)
+    with pytest.raises(InputError) as told:
+        setattr(attack, name, value)
+    assert name.split('_')[0] in str(told.value).replace(
+        'step rule', 'step_rule'
+    ) and '\n' not in str(told.value)
 
 
 def test_a_step_size_can_be_changed():
     net, x = network(), images()
     y, changed = answers(net, x), PGD(steps=5)
     changed.rel_stepsize = 0.1
-    assert torch.equal(changed.craft(net, x, y, epsilon=0.1), PGD(steps=5, rel_stepsize=0.1).craft(net, x, y, epsilon=0.1))
+    assert torch.equal(
+        changed.craft(net, x, y, epsilon=0.1),
+        PGD(steps=5, rel_stepsize=0.1).craft(net, x, y, epsilon=0.1),
+    )
     mild = APGD(steps=3)
     mild.stop = 0
-    assert torch.equal(mild(net, x, y, epsilons=0.1)[1], APGD(steps=3, stop=False)(net, x, y, epsilons=0.1)[1])
+    assert torch.equal(
+        mild(net, x, y, epsilons=0.1)[1],
+        APGD(steps=3, stop=False)(net, x, y, epsilons=0.1)[1],
+    )
 
 
 @pytest.mark.parametrize('loss', [None, 3, ['margin']])
 def test_a_loss_that_is_none_is_refused(loss):
-    with pytest.raises(InputError, match='the loss is'): PGD(loss=loss)(network(), images(), torch.zeros(6).long(), epsilons=0.1)
+    with pytest.raises(InputError, match='the loss is'):
+        PGD(loss=loss)(network(), images(), torch.zeros(6).long(), epsilons=0.1)
 
 
 @pytest.mark.parametrize('kind', [JSMA, CarliniWagnerL2, PGD])
 def test_no_images_and_repeats(kind):
     attack = kind().repeat(2)
-    raw, clipped, ok = attack(network(), images()[:0], torch.zeros(0).long(), epsilons=[0.1, 0.2])
+    raw, clipped, ok = attack(
+        network(), images()[:0], torch.zeros(0).long(), epsilons=[0.1, 0.2]
+    )
     assert len(raw) == 2 and clipped[1].shape == (0, 1, 6, 6) and ok.shape == (2, 0)
 
 
@@ -498,48 +859,79 @@ def test_near_attacks_in_inference_mode():
     for average in (False, True):
         attack = CarliniWagnerL2(steps=20, binary_search_steps=2, average_case=average)
         expected = attack(net, x, answers(net, x), epsilons=None)[1]
-        with torch.inference_mode(): assert torch.equal(attack(net, images(), answers(net, images()), epsilons=None)[1].clone(), expected)
+        with torch.inference_mode():
+            assert torch.equal(
+                attack(net, images(), answers(net, images()), epsilons=None)[1].clone(),
+                expected,
+            )
 
 
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('shift', [5, -5])
 def test_labels_that_the_network_does_not_know(name, shift):
     net, x, attack = network(), images(), make(name)
-    with pytest.raises(InputError, match='labels span'): attack(net, x, answers(net, x) + shift, epsilons=radius(attack))
+    with pytest.raises(InputError, match='labels span'):
+        attack(net, x, answers(net, x) + shift, epsilons=radius(attack))
 
 
-def passes(attack, n): # forward passes an image, of one that is slow to fool
+def passes(attack, n):  # forward passes an image, of one that is slow to fool
     net, seen = network(), []
     net.register_forward_pre_hook(lambda module, images: seen.append(len(images[0])))
     x = images(n)
     y = answers(net, x)
     seen.clear()
     attack(net, x, y, epsilons=None)
-    return sum(seen)/n
+    return sum(seen) / n
+
 
 @pytest.mark.parametrize('n', [1, 5])
 @pytest.mark.parametrize('start', ['cold', 'nearest'])
 @pytest.mark.parametrize('searches, steps', [(1, 10), (2, 20), (9, 10), (3, 50)])
 def test_the_average_case_costs_no_more_than_asked_for(n, start, searches, steps):
     for tolerance in (0.005, -1):
-        attack = CarliniWagnerL2(binary_search_steps=searches, steps=steps, start=start, average_case=True, tolerance=tolerance)
-        assert passes(attack, n) <= searches*steps
+        attack = CarliniWagnerL2(
+            binary_search_steps=searches,
+            steps=steps,
+            start=start,
+            average_case=True,
+            tolerance=tolerance,
+        )
+        assert passes(attack, n) <= searches * steps
 
 
 def test_attacks_within_attacks_are_told_once():
     net, x = Loud(network(torch.float32), 1e4), images(20, torch.float32)
-    for attack in (worst_case([FGSM(), PGD(steps=3)]), worst_case([FGSM(), BIM(steps=3)], nearest=True), worst_case([FGSM()]).repeat(2)):
+    for attack in (
+        worst_case([FGSM(), PGD(steps=3)]),
+        worst_case([FGSM(), BIM(steps=3)], nearest=True),
+        worst_case([FGSM()]).repeat(2),
+    ):
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter('always')
             attack(net, x, answers(net, x), epsilons=[0.01, 0.02])
         assert sum('exactly zero' in str(w.message) for w in heard) == 1
 
 
-@pytest.mark.parametrize('attack', [fb.attacks.LinfBasicIterativeAttack(abs_stepsize=1., steps=5, rel_stepsize=None), fb.attacks.L2CarliniWagnerAttack(steps=20, binary_search_steps=2)])
+@pytest.mark.parametrize(
+    'attack',
+    [
+        fb.attacks.LinfBasicIterativeAttack(
+            abs_stepsize=1.0, steps=5, rel_stepsize=None
+        ),
+        fb.attacks.L2CarliniWagnerAttack(steps=20, binary_search_steps=2),
+    ],
+)
 def test_foolbox_attacks_do_in_robust_accuracy_what_they_do_alone(attack):
-    net, x = network(), 255*images(20)
-    model, eps = fb.PyTorchModel(net, bounds=(0, 1), device='cpu').transform_bounds((0, 255)), 15 if attack.distance.p == INF else 150
+    net, x = network(), 255 * images(20)
+    model, eps = (
+        fb.PyTorchModel(net, bounds=(0, 1), device='cpu').transform_bounds((0, 255)),
+        15 if attack.distance.p == INF else 150,
+    )
     y = answers(model, x)
     alone = attack(model, x, y, epsilons=eps)[2].double().mean().item()
-    for given in ([attack], attack): assert robust_accuracy(model, x, y, given, eps)['alone'].iloc[1] == pytest.approx(1 - alone)
-    with pytest.raises(InputError, match='eps is'): robust_accuracy(model, x, y, [attack], [eps, eps])
+    for given in ([attack], attack):
+        assert robust_accuracy(model, x, y, given, eps)['alone'].iloc[
+            1
+        ] == pytest.approx(1 - alone)
+    with pytest.raises(InputError, match='eps is'):
+        robust_accuracy(model, x, y, [attack], [eps, eps])

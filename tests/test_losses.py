@@ -3,6 +3,7 @@
 The values come from `F.cross_entropy`, from the formulas of the papers written out in float64 over the classes that
 are left, and from the same call on the rows that count.
 """
+
 import inspect
 import math
 import warnings
@@ -22,7 +23,7 @@ FUNCTIONS = {
     'guided_complement_entropy': L.guided_complement_entropy,
     'reverse_cross_entropy': L.reverse_cross_entropy,
     'smoothed_cross_entropy': partial(L.smoothed_cross_entropy, lam=0.3),
-    'cross-entropy': partial(L.smoothed_cross_entropy, lam=0.),
+    'cross-entropy': partial(L.smoothed_cross_entropy, lam=0.0),
     'published COT': R.published_complement_entropy_loss,
     'published GCE': R.published_guided_complement_entropy,
     'complement_cross_entropy': R.complement_cross_entropy,
@@ -37,7 +38,9 @@ MODULES = {
     'PublishedComplementEntropyLoss': R.PublishedComplementEntropyLoss,
     'PublishedGuidedComplementEntropyLoss': R.PublishedGuidedComplementEntropyLoss,
     'ComplementCrossEntropyLoss': R.ComplementCrossEntropyLoss,
-    'HierarchicalComplementEntropyLoss': partial(R.HierarchicalComplementEntropyLoss, GROUPS),
+    'HierarchicalComplementEntropyLoss': partial(
+        R.HierarchicalComplementEntropyLoss, GROUPS
+    ),
     'ProbabilisticallyCompactLoss': partial(R.ProbabilisticallyCompactLoss, lam=0.05),
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -46,11 +49,14 @@ each_module = pytest.mark.parametrize('make', MODULES.values(), ids=MODULES)
 
 
 @pytest.fixture(autouse=True)
-def seed(): torch.manual_seed(0)
+def seed():
+    torch.manual_seed(0)
 
 
 def batch(n=8, k=K, dtype=torch.float64):
-    return torch.randn(n, k, dtype=torch.float64).mul(2).to(dtype).requires_grad_(), torch.arange(n) % k
+    return torch.randn(n, k, dtype=torch.float64).mul(2).to(
+        dtype
+    ).requires_grad_(), torch.arange(n) % k
 
 
 def gradient(f, z, y, **kwargs):
@@ -58,12 +64,13 @@ def gradient(f, z, y, **kwargs):
     return loss.detach(), torch.autograd.grad(loss.sum(), z)[0]
 
 
-def second(f, z, y, **kwargs): # the gradient, and that of its squared norm
-    g, = torch.autograd.grad(f(z, y, **kwargs).sum(), z, create_graph=True)
+def second(f, z, y, **kwargs):  # the gradient, and that of its squared norm
+    (g,) = torch.autograd.grad(f(z, y, **kwargs).sum(), z, create_graph=True)
     return g.detach(), torch.autograd.grad(g.square().sum(), z)[0]
 
 
 # ---- ignored rows ----------------------------------------------------------------------------------------------------
+
 
 @each_loss
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -71,11 +78,20 @@ def second(f, z, y, **kwargs): # the gradient, and that of its squared norm
 @pytest.mark.parametrize('ignore_index', [-100, -1, 2, 255])
 def test_every_target_ignored(f, dtype, shape, ignore_index):
     n, *d = shape
-    z, y = torch.randn(n, K, *d).to(dtype).requires_grad_(), torch.full(shape, ignore_index)
+    z, y = (
+        torch.randn(n, K, *d).to(dtype).requires_grad_(),
+        torch.full(shape, ignore_index),
+    )
     for reduction in ('mean', 'sum', 'none'):
         loss, g = gradient(f, z, y, ignore_index=ignore_index, reduction=reduction)
-        expected = F.cross_entropy(z.float(), y, ignore_index=ignore_index, reduction=reduction)
-        assert torch.equal(loss.isnan(), expected.isnan()) and loss.nan_to_num().eq(0).all() and loss.shape == expected.shape
+        expected = F.cross_entropy(
+            z.float(), y, ignore_index=ignore_index, reduction=reduction
+        )
+        assert (
+            torch.equal(loss.isnan(), expected.isnan())
+            and loss.nan_to_num().eq(0).all()
+            and loss.shape == expected.shape
+        )
         assert not g.any() and g.dtype == dtype
 
 
@@ -83,14 +99,19 @@ def test_every_target_ignored(f, dtype, shape, ignore_index):
 def test_every_target_ignored_otherwise(f):
     z, y = batch()
     ignored, zero = torch.full_like(y, -100), torch.zeros(K, dtype=z.dtype)
-    for kwargs, t in ((dict(weight=zero), y), (dict(weight=torch.rand(K).double()), ignored), (dict(weight=zero), ignored)):
+    for kwargs, t in (
+        (dict(weight=zero), y),
+        (dict(weight=torch.rand(K).double()), ignored),
+        (dict(weight=zero), ignored),
+    ):
         loss, g = gradient(f, z, t, **kwargs)
         assert loss.isnan() and not g.any()
     assert not any(g.any() for g in second(f, z, ignored))
     g, value = torch.func.grad_and_value(f)(z.detach(), ignored)
     assert value.isnan() and not g.any()
     assert torch.vmap(f)(z.detach()[None], ignored[None]).isnan().all()
-    with torch.autocast('cpu', dtype=torch.bfloat16): loss, g = gradient(lambda x, t: f(x @ torch.eye(K).double(), t), z, ignored)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        loss, g = gradient(lambda x, t: f(x @ torch.eye(K).double(), t), z, ignored)
     assert loss.isnan() and not g.any()
 
 
@@ -103,28 +124,55 @@ def test_nothing_leaves_an_ignored_row(f, dtype, junk, n, k):
     rows = torch.arange(n) % 3 != 1
     y = y.where(rows, -100)
     dirty = z.detach().masked_fill(~rows[:, None], junk).requires_grad_()
-    for kwargs in (dict(), dict(reduction='none'), dict(weight=torch.rand(k).to(dtype) + 0.5)):
+    for kwargs in (
+        dict(),
+        dict(reduction='none'),
+        dict(weight=torch.rand(k).to(dtype) + 0.5),
+    ):
         loss, g = gradient(f, dirty, y, **kwargs)
-        expected, clean = gradient(f, z.detach()[rows].requires_grad_(), y[rows], **kwargs)
-        assert not g[~rows].any() and torch.allclose(g[rows], clean, atol=1e-2 if dtype.itemsize == 2 else 1e-6)
-        if loss.ndim: assert not loss[~rows].any(); loss = loss[rows]
+        expected, clean = gradient(
+            f, z.detach()[rows].requires_grad_(), y[rows], **kwargs
+        )
+        assert not g[~rows].any() and torch.allclose(
+            g[rows], clean, atol=1e-2 if dtype.itemsize == 2 else 1e-6
+        )
+        if loss.ndim:
+            assert not loss[~rows].any()
+            loss = loss[rows]
         assert torch.allclose(loss, expected, atol=1e-5)
     if dtype == torch.float64:
-        (g, h), (clean, hc) = second(f, dirty, y), second(f, z.detach()[rows].requires_grad_(), y[rows])
-        assert not h[~rows].any() and torch.allclose(h[rows], hc, atol=1e-12) and torch.allclose(g[rows], clean, atol=1e-12)
-        assert torch.allclose(torch.func.grad(f)(dirty.detach(), y)[rows], clean, atol=1e-12)
+        (g, h), (clean, hc) = (
+            second(f, dirty, y),
+            second(f, z.detach()[rows].requires_grad_(), y[rows]),
+        )
+        assert (
+            not h[~rows].any()
+            and torch.allclose(h[rows], hc, atol=1e-12)
+            and torch.allclose(g[rows], clean, atol=1e-12)
+        )
+        assert torch.allclose(
+            torch.func.grad(f)(dirty.detach(), y)[rows], clean, atol=1e-12
+        )
 
 
 def test_nothing_leaves_an_ignored_row_of_many_blocks():
-    n, k = 1300, 1000 # 2**19 logits are a block
-    for name in ('complement_entropy_loss', 'guided_complement_entropy', 'reverse_cross_entropy', 'smoothed_cross_entropy'):
+    n, k = 1300, 1000  # 2**19 logits are a block
+    for name in (
+        'complement_entropy_loss',
+        'guided_complement_entropy',
+        'reverse_cross_entropy',
+        'smoothed_cross_entropy',
+    ):
         for dtype in (torch.float64, torch.bfloat16):
             z, y = batch(n, k, dtype)
             y[::7] = -100
-            dirty = z.detach().clone(); dirty[::7] = math.nan
+            dirty = z.detach().clone()
+            dirty[::7] = math.nan
             loss, g = gradient(FUNCTIONS[name], dirty.requires_grad_(), y)
             rows = y >= 0
-            expected, clean = gradient(FUNCTIONS[name], z.detach()[rows].requires_grad_(), y[rows])
+            expected, clean = gradient(
+                FUNCTIONS[name], z.detach()[rows].requires_grad_(), y[rows]
+            )
             assert torch.allclose(loss, expected, rtol=1e-5) and not g[~rows].any()
             assert torch.allclose(g[rows], clean, atol=1e-5, rtol=1e-2)
 
@@ -135,7 +183,9 @@ def test_a_fit_with_one_such_batch_ends_finite(make):
     opt = torch.optim.Adam(net.parameters(), 0.1)
     for step in range(4):
         x, y = torch.randn(8, 4), torch.arange(8) % K
-        opt.zero_grad(); loss(net(x), y if step != 1 else torch.full_like(y, -100)).backward(); opt.step()
+        opt.zero_grad()
+        loss(net(x), y if step != 1 else torch.full_like(y, -100)).backward()
+        opt.step()
     assert all(p.isfinite().all() for p in net.parameters())
 
 
@@ -144,58 +194,96 @@ def test_a_fit_with_one_such_batch_ends_finite(make):
 OPEN, MASKED = [0, 1, 3, 5], [2, 4]
 
 
-def q_log_q(z, g): # sum over the wrong classes
+def q_log_q(z, g):  # sum over the wrong classes
     q = z[[j for j in range(len(z)) if j != g]].softmax(0)
-    return (q*q.log()).sum()
+    return (q * q.log()).sum()
 
 
-def compact(z, g, n_masked): # the hinge of a masked class is that of probability 0
+def compact(z, g, n_masked):  # the hinge of a masked class is that of probability 0
     p, wrong = z.softmax(0), [j for j in range(len(z)) if j != g]
     q = z[wrong].softmax(0)
-    hinge = (p[wrong] + 0.995 - p[g]).relu().sum() + n_masked*(0.995 - p[g]).relu()
-    return hinge/(len(z) + n_masked - 1) + 0.05*(q*(z[g] - z[wrong]).relu()).sum()
+    hinge = (p[wrong] + 0.995 - p[g]).relu().sum() + n_masked * (0.995 - p[g]).relu()
+    return hinge / (len(z) + n_masked - 1) + 0.05 * (q * (z[g] - z[wrong]).relu()).sum()
 
 
-def hierarchical(z, g, names): # `names` of the classes that are left
+def hierarchical(z, g, names):  # `names` of the classes that are left
     same = [j for j, c in enumerate(names) if GROUPS[c] == GROUPS[names[g]] and j != g]
     others = [j for j, c in enumerate(names) if GROUPS[c] != GROUPS[names[g]]]
-    h = lambda rows: -(z[rows].softmax(0)*z[rows].log_softmax(0)).sum() if rows else 0*z.sum()
-    return -h(same)/1 - h(others)/4 # the groups have two classes each, masked or not
+    h = lambda rows: (
+        -(z[rows].softmax(0) * z[rows].log_softmax(0)).sum() if rows else 0 * z.sum()
+    )
+    return (
+        -h(same) / 1 - h(others) / 4
+    )  # the groups have two classes each, masked or not
 
 
-WRITTEN = { # value of one row over the classes that are left, of K in all
-    'complement_entropy_loss': lambda z, g: q_log_q(z, g)/(K - 1),
-    'guided_complement_entropy': lambda z, g: z.softmax(0)[g]**(1/3)*q_log_q(z, g)/math.log(K - 1),
+WRITTEN = {  # value of one row over the classes that are left, of K in all
+    'complement_entropy_loss': lambda z, g: q_log_q(z, g) / (K - 1),
+    'guided_complement_entropy': lambda z, g: (
+        z.softmax(0)[g] ** (1 / 3) * q_log_q(z, g) / math.log(K - 1)
+    ),
     'cross-entropy': lambda z, g: -z.log_softmax(0)[g],
-    'complement_cross_entropy': lambda z, g: -z.log_softmax(0)[g] + q_log_q(z, g)/(K - 1),
+    'complement_cross_entropy': lambda z, g: (
+        -z.log_softmax(0)[g] + q_log_q(z, g) / (K - 1)
+    ),
     'compact': lambda z, g: compact(z, g, len(MASKED)),
     'hierarchical': lambda z, g: hierarchical(z, g, OPEN),
 }
 
 
-def written(name, z, y): # (N,) values by the formula, from the open columns only
-    return torch.stack([WRITTEN[name](row[OPEN], OPEN.index(g)) for row, g in zip(z.double(), y.tolist())])
+def written(name, z, y):  # (N,) values by the formula, from the open columns only
+    return torch.stack(
+        [
+            WRITTEN[name](row[OPEN], OPEN.index(g))
+            for row, g in zip(z.double(), y.tolist())
+        ]
+    )
 
 
 def masked_batch(n=8, dtype=torch.float64):
     z, _ = batch(n, K, dtype)
-    return z.detach().index_fill(1, torch.tensor(MASKED), -math.inf).requires_grad_(), torch.tensor(OPEN).repeat(n)[:n]
+    return z.detach().index_fill(
+        1, torch.tensor(MASKED), -math.inf
+    ).requires_grad_(), torch.tensor(OPEN).repeat(n)[:n]
 
 
-CASES = [(8, name) for name in WRITTEN] + [(6000, name) for name in ('complement_entropy_loss', 'guided_complement_entropy', 'cross-entropy')]
+CASES = [(8, name) for name in WRITTEN] + [
+    (6000, name)
+    for name in (
+        'complement_entropy_loss',
+        'guided_complement_entropy',
+        'cross-entropy',
+    )
+]
 
 
-@pytest.mark.parametrize('n, name', CASES) # a large batch takes another branch of the closed forms
+@pytest.mark.parametrize(
+    'n, name', CASES
+)  # a large batch takes another branch of the closed forms
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 def test_masked_classes_drop_out(name, dtype, n):
     f, (z, y) = FUNCTIONS[name], masked_batch(n, dtype)
     leaf, some = z.detach().double().requires_grad_(), slice(0, 40)
     expected = written(name, leaf[some], y[some])
-    clean, = torch.autograd.grad(expected.sum(), leaf)
+    (clean,) = torch.autograd.grad(expected.sum(), leaf)
     loss, g = gradient(f, z, y, reduction='none')
-    small = dict(atol=1e-12) if dtype == torch.float64 else dict(atol=1e-5) if dtype == torch.float32 else dict(atol=1e-2)
-    assert torch.allclose(loss[some].double(), expected.detach(), atol=max(small['atol']/100, 1e-12) if dtype != torch.float32 else 1e-5)
-    assert torch.allclose(g[some].double(), clean[some], **small) and not g[:, MASKED].any() and g.isfinite().all()
+    small = (
+        dict(atol=1e-12)
+        if dtype == torch.float64
+        else dict(atol=1e-5)
+        if dtype == torch.float32
+        else dict(atol=1e-2)
+    )
+    assert torch.allclose(
+        loss[some].double(),
+        expected.detach(),
+        atol=max(small['atol'] / 100, 1e-12) if dtype != torch.float32 else 1e-5,
+    )
+    assert (
+        torch.allclose(g[some].double(), clean[some], **small)
+        and not g[:, MASKED].any()
+        and g.isfinite().all()
+    )
 
 
 @pytest.mark.parametrize('name', WRITTEN)
@@ -203,69 +291,110 @@ def test_masked_classes_in_second_order_and_transforms(name):
     f, (z, y) = FUNCTIONS[name], masked_batch()
     leaf = z.detach().clone().requires_grad_()
     clean = second(lambda x, t, reduction='mean': written(name, x, t).mean(), leaf, y)
-    for got, expected in zip(second(f, z, y), clean): assert torch.allclose(got, expected, atol=1e-10) and not got[:, MASKED].any()
+    for got, expected in zip(second(f, z, y), clean):
+        assert torch.allclose(got, expected, atol=1e-10) and not got[:, MASKED].any()
     assert torch.allclose(torch.func.grad(f)(z.detach(), y), clean[0], atol=1e-12)
     heavy = torch.full((K,), 1e6).double()
     assert torch.allclose(gradient(f, z, y, weight=heavy)[1], clean[0], atol=1e-10)
     loss, g = gradient(f, z, y, weight=heavy, reduction='sum')
-    assert torch.allclose(g/1e6/len(y), clean[0], atol=1e-10) and loss.isfinite()
+    assert torch.allclose(g / 1e6 / len(y), clean[0], atol=1e-10) and loss.isfinite()
     compiled = f(z, y).item()
-    assert math.isclose(torch.vmap(f)(z.detach()[None], y[None]).item(), compiled, abs_tol=1e-12)
+    assert math.isclose(
+        torch.vmap(f)(z.detach()[None], y[None]).item(), compiled, abs_tol=1e-12
+    )
 
 
 @pytest.mark.parametrize('name', ['published COT', 'published GCE'])
 def test_masked_classes_in_the_published_losses(name):
     z, y = masked_batch()
-    far = z.detach().clamp(min=-200.) # probability 1e-88, as good as 0
-    (loss, g), (expected, clean) = gradient(FUNCTIONS[name], z, y), gradient(FUNCTIONS[name], far.requires_grad_(), y)
-    assert torch.allclose(loss, expected, atol=1e-12) and torch.allclose(g, clean, atol=1e-12)
+    far = z.detach().clamp(min=-200.0)  # probability 1e-88, as good as 0
+    (loss, g), (expected, clean) = (
+        gradient(FUNCTIONS[name], z, y),
+        gradient(FUNCTIONS[name], far.requires_grad_(), y),
+    )
+    assert torch.allclose(loss, expected, atol=1e-12) and torch.allclose(
+        g, clean, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 def test_reverse_label_on_masked_classes(dtype):
     "RCE is +inf where a class of positive share has probability 0, as cross-entropy is; its gradient is F - R."
     z, y = masked_batch(dtype=dtype)
-    for name, share in (('reverse_cross_entropy', 0.), ('smoothed_cross_entropy', 1.)):
+    for name, share in (
+        ('reverse_cross_entropy', 0.0),
+        ('smoothed_cross_entropy', 1.0),
+    ):
         loss, g = gradient(FUNCTIONS[name], z, y, reduction='none')
-        b = 1/(K - 1) if not share else 0.3/(K - 1)
+        b = 1 / (K - 1) if not share else 0.3 / (K - 1)
         c = torch.full((len(y), K), b).double().scatter_(1, y[:, None], share)
         assert torch.equal(loss.double(), torch.full((len(y),), math.inf).double())
-        assert torch.allclose(g.double(), z.detach().double().softmax(1)*c.sum(1, keepdim=True) - c, atol=1e-2 if dtype.itemsize == 2 else 1e-6)
+        assert torch.allclose(
+            g.double(),
+            z.detach().double().softmax(1) * c.sum(1, keepdim=True) - c,
+            atol=1e-2 if dtype.itemsize == 2 else 1e-6,
+        )
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 def test_masked_true_class(dtype):
     z, y = batch(4, K, dtype)
     z = z.detach().scatter(1, y[:, None], -math.inf).requires_grad_()
-    others = torch.stack([row[[j for j in range(K) if j != g]] for row, g in zip(z.detach().double(), y)])
-    h = -(others.softmax(1)*others.log_softmax(1)).sum(1)
+    others = torch.stack(
+        [row[[j for j in range(K) if j != g]] for row, g in zip(z.detach().double(), y)]
+    )
+    h = -(others.softmax(1) * others.log_softmax(1)).sum(1)
     loss, g = gradient(L.complement_entropy_loss, z, y, reduction='none')
-    assert torch.allclose(loss.double(), -h/(K - 1), atol=1e-6) and g.isfinite().all()
+    assert torch.allclose(loss.double(), -h / (K - 1), atol=1e-6) and g.isfinite().all()
     loss, g = gradient(L.guided_complement_entropy, z, y, reduction='none')
-    assert not loss.any() and not g.any() # the guiding factor is 0
+    assert not loss.any() and not g.any()  # the guiding factor is 0
     loss, g = gradient(L.reverse_cross_entropy, z, y, reduction='none')
-    assert torch.allclose(loss.double(), others.logsumexp(1) - others.mean(1), atol=1e-5) and g.isfinite().all()
-    for f in (FUNCTIONS['cross-entropy'], R.complement_cross_entropy): # as F.cross_entropy
+    assert (
+        torch.allclose(loss.double(), others.logsumexp(1) - others.mean(1), atol=1e-5)
+        and g.isfinite().all()
+    )
+    for f in (
+        FUNCTIONS['cross-entropy'],
+        R.complement_cross_entropy,
+    ):  # as F.cross_entropy
         loss, g = gradient(f, z, y, reduction='none')
         assert loss.eq(math.inf).all() and g.isfinite().all()
     if dtype == torch.float64:
-        for f in (L.complement_entropy_loss, L.guided_complement_entropy, L.reverse_cross_entropy):
+        for f in (
+            L.complement_entropy_loss,
+            L.guided_complement_entropy,
+            L.reverse_cross_entropy,
+        ):
             assert all(v.isfinite().all() for v in second(f, z, y))
-            assert torch.allclose(torch.func.grad(f)(z.detach(), y), gradient(f, z, y)[1], atol=1e-12)
+            assert torch.allclose(
+                torch.func.grad(f)(z.detach(), y), gradient(f, z, y)[1], atol=1e-12
+            )
 
 
 @pytest.mark.parametrize('n', [3, 9000])
 def test_only_the_true_class_is_left(n):
     "There is no wrong class to be even over: entropy 0, no gradient."
     z, y = batch(n)
-    z = torch.full_like(z, -math.inf).scatter(1, y[:, None], 1.5).detach().requires_grad_()
-    for f in (L.complement_entropy_loss, L.guided_complement_entropy, FUNCTIONS['cross-entropy'], R.complement_cross_entropy, FUNCTIONS['hierarchical']):
+    z = (
+        torch.full_like(z, -math.inf)
+        .scatter(1, y[:, None], 1.5)
+        .detach()
+        .requires_grad_()
+    )
+    for f in (
+        L.complement_entropy_loss,
+        L.guided_complement_entropy,
+        FUNCTIONS['cross-entropy'],
+        R.complement_cross_entropy,
+        FUNCTIONS['hierarchical'],
+    ):
         loss, g = gradient(f, z, y, reduction='none')
         assert not loss.any() and not g.any()
         assert not torch.func.grad(f)(z.detach(), y).any()
 
 
 # ---- targets ---------------------------------------------------------------------------------------------------------
+
 
 @each_loss
 @pytest.mark.parametrize('d', [(), (3,), (3, 4)], ids=str)
@@ -274,7 +403,9 @@ def test_an_axis_of_one_more(f, d, axis):
     z, y = torch.randn(5, K, *d), torch.randint(K, (5, *d))
     y.view(-1)[1] = -100
     for reduction in ('mean', 'sum', 'none'):
-        assert torch.equal(f(z, y.unsqueeze(axis), reduction=reduction), f(z, y, reduction=reduction))
+        assert torch.equal(
+            f(z, y.unsqueeze(axis), reduction=reduction), f(z, y, reduction=reduction)
+        )
     assert f(z, y.unsqueeze(axis), reduction='none').shape == y.shape
 
 
@@ -282,24 +413,50 @@ def test_an_axis_of_one_more(f, d, axis):
 def test_other_shapes_are_refused(f):
     z, y = batch()
     for wrong in (y[None], y[:-1], y[:, None, None], torch.stack([y, y], 1), y[0]):
-        with pytest.raises(ValueError, match='target must have shape'): f(z, wrong)
+        with pytest.raises(ValueError, match='target must have shape'):
+            f(z, wrong)
 
 
 @each_module
 def test_tabular_learner(make, tmp_path):
     pd = pytest.importorskip('pandas')
-    from fastai.tabular.all import Categorify, CategoryBlock, TabularDataLoaders, tabular_learner
-    frame = pd.DataFrame(dict(a=torch.randn(96).tolist(), kind=list('xyz')*32, y=[str(i % K) for i in range(96)]))
-    dls = TabularDataLoaders.from_df(frame, path=tmp_path, procs=[Categorify], cat_names=['kind'], cont_names=['a'],
-                                     y_names='y', y_block=CategoryBlock(), valid_idx=range(64, 96), bs=16)
+    from fastai.tabular.all import (
+        Categorify,
+        CategoryBlock,
+        TabularDataLoaders,
+        tabular_learner,
+    )
+
+    frame = pd.DataFrame(
+        dict(
+            a=torch.randn(96).tolist(),
+            kind=list('xyz') * 32,
+            y=[str(i % K) for i in range(96)],
+        )
+    )
+    dls = TabularDataLoaders.from_df(
+        frame,
+        path=tmp_path,
+        procs=[Categorify],
+        cat_names=['kind'],
+        cont_names=['a'],
+        y_names='y',
+        y_block=CategoryBlock(),
+        valid_idx=range(64, 96),
+        bs=16,
+    )
     learn = tabular_learner(dls, layers=[8], loss_func=make(), n_out=K)
-    assert dls.one_batch()[-1].ndim == 2 # the targets are (N, 1)
+    assert dls.one_batch()[-1].ndim == 2  # the targets are (N, 1)
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-2)
         probabilities, targets, decoded = learn.get_preds(with_decoded=True)
         rows = learn.get_preds(with_loss=True)[2]
     assert all(p.isfinite().all() for p in learn.model.parameters())
-    assert torch.equal(decoded.flatten(), probabilities.argmax(1)) and len(rows) == 32 and rows.ndim == 1
+    assert (
+        torch.equal(decoded.flatten(), probabilities.argmax(1))
+        and len(rows) == 32
+        and rows.ndim == 1
+    )
 
 
 @each_loss
@@ -307,29 +464,54 @@ def test_tabular_learner(make, tmp_path):
 def test_targets_out_of_bounds(f, ignore_index):
     z, y = batch()
     for wrong in (K, K + 90, -1, -K):
-        t = y.clone(); t[3] = wrong; t[5] = ignore_index
-        for kwargs in (dict(), dict(reduction='none'), dict(weight=torch.ones(K).double())):
-            with pytest.raises(ValueError, match=f'target {wrong} is out of bounds') as e: f(z, t, ignore_index=ignore_index, **kwargs)
+        t = y.clone()
+        t[3] = wrong
+        t[5] = ignore_index
+        for kwargs in (
+            dict(),
+            dict(reduction='none'),
+            dict(weight=torch.ones(K).double()),
+        ):
+            with pytest.raises(
+                ValueError, match=f'target {wrong} is out of bounds'
+            ) as e:
+                f(z, t, ignore_index=ignore_index, **kwargs)
             assert len(str(e.value).splitlines()) == 1
-        with pytest.raises(RuntimeError, match='out of bounds'): torch.func.grad(partial(f, ignore_index=ignore_index))(z.detach(), t)
-        with pytest.raises(RuntimeError, match='out of bounds'): torch.vmap(partial(f, ignore_index=ignore_index))(z.detach()[None], t[None])
-        with pytest.raises(ValueError, match='out of bounds'): f(z, t.to(torch.int32), ignore_index=ignore_index)
+        with pytest.raises(RuntimeError, match='out of bounds'):
+            torch.func.grad(partial(f, ignore_index=ignore_index))(z.detach(), t)
+        with pytest.raises(RuntimeError, match='out of bounds'):
+            torch.vmap(partial(f, ignore_index=ignore_index))(z.detach()[None], t[None])
+        with pytest.raises(ValueError, match='out of bounds'):
+            f(z, t.to(torch.int32), ignore_index=ignore_index)
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
+
 @each_loss
 def test_class_weights_that_do_not_fit(f):
     z, y = batch()
-    for wrong in (torch.ones(K - 1), torch.ones(K + 1), torch.ones(1), torch.tensor(1.), torch.ones(1, K), [1.]*K):
-        with pytest.raises(ValueError, match=r'weight must be a tensor of shape \(6,\)'): f(z, y, weight=wrong)
-    with pytest.raises(ValueError, match='device'): f(z, y, weight=torch.ones(K, device='meta'))
+    for wrong in (
+        torch.ones(K - 1),
+        torch.ones(K + 1),
+        torch.ones(1),
+        torch.tensor(1.0),
+        torch.ones(1, K),
+        [1.0] * K,
+    ):
+        with pytest.raises(
+            ValueError, match=r'weight must be a tensor of shape \(6,\)'
+        ):
+            f(z, y, weight=wrong)
+    with pytest.raises(ValueError, match='device'):
+        f(z, y, weight=torch.ones(K, device='meta'))
 
 
 @each_module
 def test_class_weights_of_a_module_that_do_not_fit(make):
     z, y = batch()
-    with pytest.raises(ValueError, match=r'weight must be a tensor of shape \(6,\)'): make(weight=torch.ones(K - 1))(z, y)
+    with pytest.raises(ValueError, match=r'weight must be a tensor of shape \(6,\)'):
+        make(weight=torch.ones(K - 1))(z, y)
 
 
 @each_loss
@@ -337,39 +519,78 @@ def test_class_weights_are_learned(f):
     z, y = batch()
     w = (torch.rand(K).double() + 0.5).requires_grad_()
     rows, v = f(z, y, reduction='none').detach(), torch.randn(K).double()
-    for reduction, value in (('mean', (rows*w[y]).sum()/w[y].sum()), ('sum', (rows*w[y]).sum())):
-        clean, = torch.autograd.grad(value, w)
+    for reduction, value in (
+        ('mean', (rows * w[y]).sum() / w[y].sum()),
+        ('sum', (rows * w[y]).sum()),
+    ):
+        (clean,) = torch.autograd.grad(value, w)
         got = torch.autograd.grad(f(z, y, weight=w, reduction=reduction), (w, z))
         assert torch.allclose(got[0], clean, atol=1e-12)
-        assert torch.allclose(got[1], gradient(f, z, y, weight=w.detach(), reduction=reduction)[1], atol=1e-12)
-        along = torch.func.jvp(lambda u: f(z.detach(), y, weight=u, reduction=reduction), (w.detach(),), (v,))[1]
-        assert torch.allclose(along, (clean*v).sum(), atol=1e-12)
+        assert torch.allclose(
+            got[1],
+            gradient(f, z, y, weight=w.detach(), reduction=reduction)[1],
+            atol=1e-12,
+        )
+        along = torch.func.jvp(
+            lambda u: f(z.detach(), y, weight=u, reduction=reduction),
+            (w.detach(),),
+            (v,),
+        )[1]
+        assert torch.allclose(along, (clean * v).sum(), atol=1e-12)
         with forward_ad.dual_level():
-            dual = f(z.detach(), y, weight=forward_ad.make_dual(w.detach(), v), reduction=reduction)
-            assert torch.allclose(forward_ad.unpack_dual(dual).tangent, (clean*v).sum(), atol=1e-12)
+            dual = f(
+                z.detach(),
+                y,
+                weight=forward_ad.make_dual(w.detach(), v),
+                reduction=reduction,
+            )
+            assert torch.allclose(
+                forward_ad.unpack_dual(dual).tangent, (clean * v).sum(), atol=1e-12
+            )
 
 
 @each_loss
 def test_numbers_that_are_not_finite_are_refused(f):
     inner, (z, y) = getattr(f, 'func', f), batch()
     for name in ('alpha', 'lam', 'gamma', 'xi'):
-        if name not in inspect.signature(inner).parameters: continue
+        if name not in inspect.signature(inner).parameters:
+            continue
         for value in (math.inf, -math.inf, math.nan):
-            with pytest.raises(ValueError, match=name): inner(z, y, **{**(f.keywords if inner is not f else {}), name: value})
+            with pytest.raises(ValueError, match=name):
+                inner(z, y, **{**(f.keywords if inner is not f else {}), name: value})
 
 
 def test_weight_by_position():
     "It is the class weights, as for `F.cross_entropy`, or it is refused: it never becomes another parameter."
     (z, y), w = batch(), torch.rand(K).double() + 0.5
-    for f in (L.reverse_cross_entropy, R.published_complement_entropy_loss): assert torch.equal(f(z, y, w), f(z, y, weight=w))
-    for f in (L.complement_entropy_loss, L.complement_entropy, L.guided_complement_entropy, L.smoothed_cross_entropy,
-              R.published_guided_complement_entropy, R.complement_cross_entropy, R.hierarchical_complement_entropy_loss, R.probabilistically_compact_loss):
-        with pytest.raises((ValueError, TypeError)) as e: f(z, y, w)
+    for f in (L.reverse_cross_entropy, R.published_complement_entropy_loss):
+        assert torch.equal(f(z, y, w), f(z, y, weight=w))
+    for f in (
+        L.complement_entropy_loss,
+        L.complement_entropy,
+        L.guided_complement_entropy,
+        L.smoothed_cross_entropy,
+        R.published_guided_complement_entropy,
+        R.complement_cross_entropy,
+        R.hierarchical_complement_entropy_loss,
+        R.probabilistically_compact_loss,
+    ):
+        with pytest.raises((ValueError, TypeError)) as e:
+            f(z, y, w)
         assert len(str(e.value).splitlines()) == 1
-    for cls in (L.ReverseCrossEntropyLoss, R.PublishedComplementEntropyLoss): assert torch.equal(cls(w)(z, y), cls(weight=w)(z, y))
-    for cls in (L.ComplementEntropyLoss, L.GuidedComplementEntropyLoss, L.SmoothedCrossEntropyLoss, R.PublishedGuidedComplementEntropyLoss,
-                R.ComplementCrossEntropyLoss, R.HierarchicalComplementEntropyLoss, R.ProbabilisticallyCompactLoss):
-        with pytest.raises((ValueError, TypeError)) as e: cls(w)
+    for cls in (L.ReverseCrossEntropyLoss, R.PublishedComplementEntropyLoss):
+        assert torch.equal(cls(w)(z, y), cls(weight=w)(z, y))
+    for cls in (
+        L.ComplementEntropyLoss,
+        L.GuidedComplementEntropyLoss,
+        L.SmoothedCrossEntropyLoss,
+        R.PublishedGuidedComplementEntropyLoss,
+        R.ComplementCrossEntropyLoss,
+        R.HierarchicalComplementEntropyLoss,
+        R.ProbabilisticallyCompactLoss,
+    ):
+        with pytest.raises((ValueError, TypeError)) as e:
+            cls(w)
         assert len(str(e.value).splitlines()) == 1
 
 
@@ -377,35 +598,57 @@ def test_weight_by_position():
 def test_devices(f):
     z, y = batch()
     for a, b in ((z, y.to('meta')), (z.detach().to('meta'), y)):
-        with pytest.raises(ValueError, match='on one device'): f(a, b)
+        with pytest.raises(ValueError, match='on one device'):
+            f(a, b)
     leaf = torch.empty(5, K, device='meta', requires_grad=True)
     target = torch.empty(5, dtype=torch.long, device='meta')
-    loss = f(leaf, target) if 'groups' not in getattr(f, 'keywords', {}) else f(leaf, target, groups=GROUPS.to('meta'))
+    loss = (
+        f(leaf, target)
+        if 'groups' not in getattr(f, 'keywords', {})
+        else f(leaf, target, groups=GROUPS.to('meta'))
+    )
     loss.backward()
     assert loss.shape == () and loss.is_meta and leaf.grad.shape == leaf.shape
 
 
 # ---- transforms ------------------------------------------------------------------------------------------------------
 
+
 @each_loss
 def test_forward_mode(f):
     z, y = batch()
     y[2] = -100
     v, (_, g) = torch.randn_like(z), gradient(f, z, y)
-    assert torch.allclose(torch.func.jvp(lambda x: f(x, y), (z.detach(),), (v,))[1], (g*v).sum(), atol=1e-12)
-    assert torch.allclose(torch.func.jacfwd(lambda x: f(x, y))(z.detach()), g, atol=1e-12)
+    assert torch.allclose(
+        torch.func.jvp(lambda x: f(x, y), (z.detach(),), (v,))[1],
+        (g * v).sum(),
+        atol=1e-12,
+    )
+    assert torch.allclose(
+        torch.func.jacfwd(lambda x: f(x, y))(z.detach()), g, atol=1e-12
+    )
     row, t = z.detach()[:1], y[:1]
     expected = torch.autograd.functional.hessian(lambda x: f(x, t), row)
-    assert torch.allclose(torch.func.hessian(lambda x: f(x, t))(row), expected, atol=1e-12)
-    single = torch.func.jvp(lambda x: f(x, y, weight=torch.ones(K)), (z.detach().float(),), (v.float(),))[1]
+    assert torch.allclose(
+        torch.func.hessian(lambda x: f(x, t))(row), expected, atol=1e-12
+    )
+    single = torch.func.jvp(
+        lambda x: f(x, y, weight=torch.ones(K)), (z.detach().float(),), (v.float(),)
+    )[1]
     assert single.dtype == torch.float32
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(z, v)
         loss = f(dual, y)
-        assert torch.allclose(forward_ad.unpack_dual(loss).tangent, (g*v).sum(), atol=1e-12)
-        along = forward_ad.unpack_dual(torch.autograd.grad(loss, dual)[0]).tangent # forward over reverse
-    exact, = torch.autograd.grad(f(z, y), z, create_graph=True)
-    assert torch.allclose(along, torch.autograd.grad((exact*v).sum(), z)[0], atol=1e-12)
+        assert torch.allclose(
+            forward_ad.unpack_dual(loss).tangent, (g * v).sum(), atol=1e-12
+        )
+        along = forward_ad.unpack_dual(
+            torch.autograd.grad(loss, dual)[0]
+        ).tangent  # forward over reverse
+    (exact,) = torch.autograd.grad(f(z, y), z, create_graph=True)
+    assert torch.allclose(
+        along, torch.autograd.grad((exact * v).sum(), z)[0], atol=1e-12
+    )
 
 
 @each_loss
@@ -413,9 +656,11 @@ def test_tangent_of_what_comes_from_above(f):
     z, y = batch()
     loss, (_, g) = f(z, y), gradient(f, z, y)
     with forward_ad.dual_level():
-        above = forward_ad.make_dual(torch.ones((), dtype=z.dtype), torch.tensor(3., dtype=z.dtype))
-        along, = torch.autograd.grad(loss, z, above)
-        assert torch.allclose(forward_ad.unpack_dual(along).tangent, 3*g, atol=1e-12)
+        above = forward_ad.make_dual(
+            torch.ones((), dtype=z.dtype), torch.tensor(3.0, dtype=z.dtype)
+        )
+        (along,) = torch.autograd.grad(loss, z, above)
+        assert torch.allclose(forward_ad.unpack_dual(along).tangent, 3 * g, atol=1e-12)
 
 
 @each_loss
@@ -424,8 +669,13 @@ def test_many_gradients_at_once(f):
     for reduction in ('mean', 'none'):
         loss = f(z, y, reduction=reduction)
         above = torch.randn(3, *loss.shape).double()
-        got, = torch.autograd.grad(loss, z, above, is_grads_batched=True)
-        for a, g in zip(above, got): assert torch.allclose(g, torch.autograd.grad(f(z, y, reduction=reduction), z, a)[0], atol=1e-12)
+        (got,) = torch.autograd.grad(loss, z, above, is_grads_batched=True)
+        for a, g in zip(above, got):
+            assert torch.allclose(
+                g,
+                torch.autograd.grad(f(z, y, reduction=reduction), z, a)[0],
+                atol=1e-12,
+            )
 
 
 @each_loss
@@ -436,13 +686,18 @@ def test_jit_trace(f):
         warnings.simplefilter('error', torch.jit.TracerWarning)
         warnings.filterwarnings('ignore', message='.*is deprecated')
         traced = torch.jit.trace(lambda a, b: f(a, b), (z, y))
-        rows = torch.jit.trace(lambda a, b: f(a, b, reduction='none'), (z[..., None], y[:, None]))
+        rows = torch.jit.trace(
+            lambda a, b: f(a, b, reduction='none'), (z[..., None], y[:, None])
+        )
     z, y = torch.randn(13, K).double(), torch.randint(K, (13,))
     y[4] = -100
     assert torch.allclose(traced(z, y), f(z, y), atol=1e-12)
-    assert torch.allclose(rows(z[..., None], y[:, None])[:, 0], f(z, y, reduction='none'), atol=1e-12)
+    assert torch.allclose(
+        rows(z[..., None], y[:, None])[:, 0], f(z, y, reduction='none'), atol=1e-12
+    )
     y[5] = K
-    with pytest.raises(RuntimeError, match='out of bounds'): traced(z, y)
+    with pytest.raises(RuntimeError, match='out of bounds'):
+        traced(z, y)
 
 
 def test_without_torchs_private_functions(monkeypatch):
@@ -450,8 +705,11 @@ def test_without_torchs_private_functions(monkeypatch):
     expected = [(gradient(f, z, y), second(f, z, y)) for f in FUNCTIONS.values()]
     monkeypatch.delattr(torch, '_softmax_backward_data')
     monkeypatch.delattr(torch, '_log_softmax_backward_data')
-    for f, (first, twice) in zip(FUNCTIONS.values(), expected): assert all(map(close, gradient(f, z, y) + second(f, z, y), first + twice))
-    monkeypatch.setattr(L, '_transformed', lambda: True) # what a torch without them gets
+    for f, (first, twice) in zip(FUNCTIONS.values(), expected):
+        assert all(map(close, gradient(f, z, y) + second(f, z, y), first + twice))
+    monkeypatch.setattr(
+        L, '_transformed', lambda: True
+    )  # what a torch without them gets
     monkeypatch.setattr(L, '_many', lambda g: True)
     for f, (first, twice) in zip(FUNCTIONS.values(), expected):
         assert all(map(close, gradient(f, z, y) + second(f, z, y), first + twice))
@@ -471,6 +729,9 @@ def test_compiled(name):
     z.data[1] = math.nan
     for t in (y, torch.full_like(y, -100)):
         (loss, g), (expected, clean) = gradient(compiled, z, t), gradient(f, z, t)
-        assert torch.allclose(loss, expected, atol=1e-12, equal_nan=True) and torch.allclose(g, clean, atol=1e-12)
+        assert torch.allclose(
+            loss, expected, atol=1e-12, equal_nan=True
+        ) and torch.allclose(g, clean, atol=1e-12)
     for wrong in (K, -1):
-        with pytest.raises(RuntimeError, match='out of bounds'): compiled(z, torch.full_like(y, wrong))
+        with pytest.raises(RuntimeError, match='out of bounds'):
+            compiled(z, torch.full_like(y, wrong))
