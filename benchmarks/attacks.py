@@ -131,7 +131,7 @@ def compare(
 
 def gradient(net, x, y, eps, rounds):
     "FGSM, BIM-10, PGD-40 and MIM-40. Bounds: no slower than the fastest peer; FGSM, BIM and PGD at least 1.2 times foolbox."
-    from complement_objectives.gradient_attacks import BIM, FGSM, MIM, PGD
+    from complement_objectives.attacks.gradient import BIM, FGSM, MIM, PGD
 
     ta, art = peer('torchattacks'), peer('art')
     L, fmodel = fb.attacks, fb.PyTorchModel(net, bounds=(0, 1), device='cpu')
@@ -234,7 +234,7 @@ def gradient(net, x, y, eps, rounds):
 
 def saliency(net, x, y, eps, rounds):
     "JSMA, targeted, theta 1, gamma 0.1; the distance is the number of changed features. Bound: at least 20 times the fastest peer."
-    from complement_objectives.saliency_attacks import JSMA
+    from complement_objectives.attacks.saliency import JSMA
 
     x, y = x[:48], y[:48]
     target, ta, art = (
@@ -299,7 +299,7 @@ def saliency(net, x, y, eps, rounds):
 
 def optimization(net, x, y, eps, rounds):
     "C&W, 9 searches of 1000 steps, untargeted. Bound: at least 3 times foolbox at a median L2 within 1 %, success no lower."
-    from complement_objectives.optimization_attacks import CarliniWagnerL2
+    from complement_objectives.attacks.carlini_wagner import CarliniWagnerL2
 
     n = 32 if x.shape[1] == 1 else 12
     x, y, fmodel = x[:n], y[:n], fb.PyTorchModel(net, bounds=(0, 1), device='cpu')
@@ -322,7 +322,7 @@ def optimization(net, x, y, eps, rounds):
 
 def audit(net, x, y, eps, rounds):
     "APGD and Square beside torchattacks'. Bound: no slower, at equal or lower robust accuracy."
-    from complement_objectives.audit_attacks import APGD, APGDTargeted, Square
+    from complement_objectives.attacks.apgd import APGD, APGDTargeted, Square
 
     ta = peer('torchattacks')
     steps, queries, n = (50, 300, 128) if x.shape[1] == 1 else (20, 200, 48)

@@ -21,9 +21,9 @@ import foolbox as fb, pandas as pd, torch, torch.nn.functional as F
 from torch import nn
 from complement_objectives.data import load_data
 from complement_objectives.losses import reverse_cross_entropy
-from complement_objectives.minimal_attacks import DDN, FMN, L2FMN, nearest_l2
+from complement_objectives.attacks.minimal import DDN, FMN, L2FMN, nearest_l2
 from complement_objectives.models import ReverseLogits, lenet5
-from complement_objectives.optimization_attacks import CarliniWagnerL2
+from complement_objectives.attacks.carlini_wagner import CarliniWagnerL2
 
 
 def peer(name):

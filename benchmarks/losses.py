@@ -20,7 +20,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch, torch.nn.functional as F
 from torch.profiler import profile, ProfilerActivity
-from complement_objectives import losses as L
+from complement_objectives.losses import objectives as L
 
 SHAPES = (
     ((128, 10), 2.0, 800),

@@ -162,7 +162,7 @@ def study(
 
     Prints the accuracy on clean and on attacked images and the AUC of the detection scores, with several seeds as mean ±
     standard deviation over them. The result folder holds a JSON file for each run, the tables, the figures and report.html."""
-    from complement_objectives import study as s
+    from complement_objectives.study import results as s
 
     config = s.StudyConfig.create(
         dataset, objectives, alpha, attacks, eps, seeds, epochs, attack_images
@@ -265,7 +265,7 @@ def train(root, out, device, **settings):
 
     Prints the accuracy on the test images after the last epoch. No epoch is chosen by it."""
     from tqdm import tqdm
-    from complement_objectives import recipes as r
+    from complement_objectives.study import recipes as r
 
     config = r.training_config(**settings)
     out = (
@@ -337,7 +337,7 @@ def attack(folder, attacks, eps, images, seed, root, device):
     Prints accuracy, how many images were right and then fooled, and their mean distortion in grey levels; and for each ε the
     worst case over the attacks that share it and their images."""
     from tqdm import tqdm
-    from complement_objectives.saved import attack_saved, attack_words, in_words
+    from complement_objectives.study.saved import attack_saved, attack_words, in_words
 
     with tqdm(total=len(attacks), unit='attack', disable=None) as bar:
 
@@ -380,7 +380,7 @@ def detect(folder, detector, fpr, root, device):
 
     Prints how many normal and attacked images (those of cobj attack) still get an answer, and how often it is right.
     One half of the test images sets the threshold, the other is judged."""
-    from complement_objectives.saved import detect_saved, in_words
+    from complement_objectives.study.saved import detect_saved, in_words
 
     click.echo(in_words(detect_saved(folder, detector, fpr, root, device)).to_string())
 
@@ -389,7 +389,7 @@ def detect(folder, detector, fpr, root, device):
 @click.argument('folder', type=click.Path())
 def report(folder):
     """Write FOLDER/report.html: training, attacks and detector of the network in FOLDER on one page."""
-    from complement_objectives.saved import report_saved
+    from complement_objectives.study.saved import report_saved
 
     click.echo(f'Report: {report_saved(folder)}')
 

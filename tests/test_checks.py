@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from scipy.stats import binomtest, norm
 from torch import nn
 
-from complement_objectives.audit_attacks import FMN, L2APGD, Square
+from complement_objectives.attacks.apgd import FMN, L2APGD, Square
 from complement_objectives.core import InputError
 from complement_objectives.evaluation import crafted
-from complement_objectives.gradient_attacks import FGSM, PGD
-from complement_objectives.hygiene import (
+from complement_objectives.attacks.gradient import FGSM, PGD
+from complement_objectives.evaluation.sanity_checks import (
     broken,
     check_gradient_free,
     check_large_eps,
@@ -42,7 +42,7 @@ from complement_objectives.intervals import (
     share_interval,
     tpr_interval,
 )
-from complement_objectives.measures import (
+from complement_objectives.evaluation.metrics import (
     accuracy,
     auc_interval,
     chosen_pairs,
@@ -53,7 +53,7 @@ from complement_objectives.measures import (
     worst_case,
     zero_gradient_share,
 )
-from complement_objectives.saliency_attacks import JSMA
+from complement_objectives.attacks.saliency import JSMA
 
 torch.set_num_threads(1)
 PGD10 = PGD(steps=10, rel_stepsize=0.25)

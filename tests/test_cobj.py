@@ -259,7 +259,7 @@ def test_an_interruption_that_a_library_turned_into_another_error(
         finally:
             raise error
 
-    monkeypatch.setattr('complement_objectives.saved.report_saved', interrupted)
+    monkeypatch.setattr('complement_objectives.study.saved.report_saved', interrupted)
     with pytest.raises(SystemExit) as exit:
         main(['report', 'net'])
     assert (
@@ -280,7 +280,7 @@ def test_an_interruption_in_the_lock_of_the_bar(capsys, monkeypatch):
             m.setattr(type(tqdm.get_lock()), 'acquire', acquire)
             tqdm.write('one line')
 
-    monkeypatch.setattr('complement_objectives.saved.report_saved', said)
+    monkeypatch.setattr('complement_objectives.study.saved.report_saved', said)
     with pytest.raises(SystemExit) as exit:
         main(['report', 'net'])
     assert exit.value.code == 130 and 'interrupted' in capsys.readouterr().err
@@ -290,7 +290,7 @@ def test_a_fault_keeps_its_traceback(monkeypatch):
     def fault(*args):
         raise TypeError('a fault of ours')
 
-    monkeypatch.setattr('complement_objectives.saved.report_saved', fault)
+    monkeypatch.setattr('complement_objectives.study.saved.report_saved', fault)
     with pytest.raises(TypeError, match='of ours'):
         main(['report', 'net'])
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from complement_objectives.core import InputError
-from complement_objectives.density import (
+from complement_objectives.detection.density import (
     bandwidth_sweep,
     log_kernel_density,
     select_sigma2,
@@ -37,7 +37,7 @@ from complement_objectives.detection import (
     roc,
 )
 from complement_objectives.models import Classifier, ReverseLogits, create_model
-from complement_objectives.reject import (
+from complement_objectives.detection.reject import (
     NOT_SURE,
     NamedLayer,
     RejectOption,

@@ -10,8 +10,14 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from complement_objectives import recipes, runs as r, saved, study as s
-from complement_objectives.checkpoints import (
+from complement_objectives.study import recipes
+
+from complement_objectives.study import runs as r
+
+from complement_objectives.study import saved
+
+from complement_objectives.study import results as s
+from complement_objectives.saving import (
     load_classifier,
     load_header,
     load_tensors,
@@ -23,7 +29,7 @@ from complement_objectives.cli import main
 from complement_objectives.core import InputError, RunFailed
 from complement_objectives.data import ImageData, digits
 from complement_objectives.models import ReverseLogits, digits_cnn
-from complement_objectives.reject import RobustClassifier
+from complement_objectives.detection.reject import RobustClassifier
 
 
 def said(capsys, status, *args):

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
-from complement_objectives import losses as L, relatives as R
+from complement_objectives.losses import objectives as L
+
+from complement_objectives.losses import relatives as R
 
 K, GROUPS = 6, torch.tensor([0, 0, 1, 1, 2, 2])
 FUNCTIONS = {

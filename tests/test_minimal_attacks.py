@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from complement_objectives.audit_attacks import (
+from complement_objectives.attacks.apgd import (
     APGD,
     APGDTargeted,
     FMN,
@@ -20,10 +20,10 @@ from complement_objectives.audit_attacks import (
 )
 from complement_objectives.core import InputError
 from complement_objectives.detection import KernelDensity
-from complement_objectives.hygiene import with_settings
-from complement_objectives.minimal_attacks import DDN, NearestOf, nearest_l2
+from complement_objectives.evaluation.sanity_checks import with_settings
+from complement_objectives.attacks.minimal import DDN, NearestOf, nearest_l2
 from complement_objectives.models import Classifier
-from complement_objectives.optimization_attacks import (
+from complement_objectives.attacks.carlini_wagner import (
     CarliniWagnerL2,
     CarliniWagnerWB,
     cw,

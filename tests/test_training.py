@@ -35,10 +35,10 @@ from fastai.data.transforms import Normalize
 from fastai.losses import BaseLoss, FocalLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.optimizer import OptimWrapper, ranger
 
-from complement_objectives.adversarial import AdversarialTraining
-from complement_objectives.complement import ComplementTraining, JointComplementTraining
+from complement_objectives.training.adversarial import AdversarialTraining
+from complement_objectives.training.complement import ComplementTraining, JointComplementTraining
 from complement_objectives.core import InputError
-from complement_objectives.guided import (
+from complement_objectives.training.guided import (
     GuidanceRecorder,
     GuidedComplementTraining,
     ReverseTraining,
