@@ -252,7 +252,7 @@ A training that was interrupted continues after its last finished epoch when the
     type=int,
     default=0,
     show_default=True,
-    help='Of initialisation, batches and augmentation.',
+    help='Of initialization, batches and augmentation.',
 )
 @click.option(
     '--out',
@@ -334,7 +334,7 @@ cli.add_command(train)
 def attack(folder, attacks, eps, images, seed, root, device):
     """Attack the network in FOLDER, which cobj train wrote; results go to FOLDER/attacks.
 
-    Prints accuracy, how many images were right and then fooled, and their mean distortion in grey levels; and for each ε the
+    Prints accuracy, how many images were right and then fooled, and their mean distortion in gray levels; and for each ε the
     worst case over the attacks that share it and their images."""
     from tqdm import tqdm
     from complement_objectives.study.saved import attack_saved, attack_words, in_words

@@ -73,7 +73,7 @@ def _labels(y, n: int, n_classes: int, part: str):  # (n,) int64, from (n,) or (
 # %% ../nbs/03_data.ipynb #2fdfb7c2
 @dataclass
 class ImageData:
-    "A labelled set of images in two splits, as bytes; `InputError` for what cannot be learned from."
+    "A labeled set of images in two splits, as bytes; `InputError` for what cannot be learned from."
 
     name: str  # how it is called on the command line
     train_x: torch.Tensor  # (N, C, H, W) uint8, or finite floating point

@@ -40,7 +40,7 @@ class PixelNorm(nn.Module):
     def forward(
         self,
         x: torch.Tensor,  # (N, C, H, W) pixels
-    ) -> torch.Tensor:  # the same shape, normalised
+    ) -> torch.Tensor:  # the same shape, normalized
         return (x - self.mean) / self.std
 
 # %% ../nbs/02_models.ipynb #5287daa9
@@ -66,7 +66,7 @@ class Classifier(nn.Module):
 
     def __init__(
         self,
-        body: nn.Module,  # from normalised pixels to hidden vectors (N, D)
+        body: nn.Module,  # from normalized pixels to hidden vectors (N, D)
         n_hidden: int,  # D
         n_classes: int,  # K, at least 2
         mean=0.0,  # for `PixelNorm`
@@ -109,7 +109,7 @@ class Classifier(nn.Module):
 # %% ../nbs/02_models.ipynb #93569f75
 def lenet5(
     n_classes: int = 10,  # K
-    in_channels: int = 1,  # 1 for grey images
+    in_channels: int = 1,  # 1 for gray images
     **norm,  # `mean` and `std` of the pixels
 ) -> Classifier:  # for 28×28 images; hidden vectors have 84 units
     "LeNet-5 with ReLU and max-pooling (LeCun et al. 1998; the network of GCE §5.1 on MNIST)."
@@ -138,7 +138,7 @@ def n_parameters(
 # %% ../nbs/02_models.ipynb #59a5e95e
 def digits_cnn(
     n_classes: int = 10,  # K
-    in_channels: int = 1,  # 1 for grey images
+    in_channels: int = 1,  # 1 for gray images
     **norm,  # `mean` and `std` of the pixels
 ) -> Classifier:  # for 8×8 images; hidden vectors have 64 units
     "Two 3×3 convolutions, one pooling and 64 hidden units, for scikit-learn's 8×8 digits."
@@ -211,7 +211,7 @@ def _conv(
 
 def _stem(
     n_in: int, n_out: int
-) -> list:  # first convolution, its normalisation and ReLU
+) -> list:  # first convolution, its normalization and ReLU
     return [
         nn.Conv2d(n_in, n_out, 3, padding=1, bias=False),
         nn.BatchNorm2d(n_out),
@@ -232,7 +232,7 @@ def _stage(
 def cifar_resnet(
     depth: int = 20,  # 6n + 2: 20, 32, 44, 56, 110
     n_classes: int = 10,  # K
-    in_channels: int = 3,  # 3 for colour images
+    in_channels: int = 3,  # 3 for color images
     **norm,  # `mean` and `std` of the pixels
 ) -> Classifier:  # for 32×32 images; hidden vectors have 64 units
     "The CIFAR residual network of He et al. (CVPR 2016, §4.2), with option-A shortcuts; ResNet-56 in GCE §5.1, ResNet-110 in COT §3.2."
@@ -247,7 +247,7 @@ def cifar_resnet(
 
 # %% ../nbs/02_models.ipynb #e7a67b5f
 class PreActBlock(nn.Module):
-    "Normalise, activate, convolve, twice; then add (He et al., ECCV 2016, Fig 1b)."
+    "Normalize, activate, convolve, twice; then add (He et al., ECCV 2016, Fig 1b)."
 
     def __init__(
         self,
@@ -257,7 +257,7 @@ class PreActBlock(nn.Module):
         shortcut: nn.Module = None,  # from the input's shape to the output's; None: the identity
         shared: bool = False,  # the shortcut starts after the first activation instead of before
         act=nn.ReLU,  # makes an activation, given `inplace`
-        norm=nn.BatchNorm2d,  # makes a normalisation for so many channels
+        norm=nn.BatchNorm2d,  # makes a normalization for so many channels
     ):
         super().__init__()
         self.norm1, self.conv1 = norm(n_in), _conv(n_in, n_out, stride=stride)
@@ -291,8 +291,8 @@ def _preact_stage(
 # %% ../nbs/02_models.ipynb #73a3ef05
 def preact_resnet18(
     n_classes: int = 10,  # K
-    in_channels: int = 3,  # 3 for colour images
-    final_norm: bool = False,  # normalise and activate the last sum, as He et al. do and COT's code does not
+    in_channels: int = 3,  # 3 for color images
+    final_norm: bool = False,  # normalize and activate the last sum, as He et al. do and COT's code does not
     **norm,  # `mean` and `std` of the pixels
 ) -> Classifier:  # for 32×32 images; hidden vectors have 512 units
     "PreAct ResNet-18 (He et al., ECCV 2016) for 32×32 images, as in COT §3.2 and its released code."
@@ -331,8 +331,8 @@ def _leaky_block(
 def leaky_preact_resnet(
     depth: int = 32,  # 6n + 2: 32 and 56 in the paper
     n_classes: int = 10,  # K
-    in_channels: int = 3,  # 3 for colour images, 1 for MNIST
-    **norm,  # `mean` and `std` of the pixels; the paper centres them: mean=0.5
+    in_channels: int = 3,  # 3 for color images, 1 for MNIST
+    **norm,  # `mean` and `std` of the pixels; the paper centers them: mean=0.5
 ) -> Classifier:  # for 28×28 or 32×32 images; hidden vectors have 64 units
     "RCE's ResNet-32 and ResNet-56 (RCE §4 and its released code): pre-activation, leaky ReLU 0.1."
     n = _units(depth, 6, 2)
@@ -355,7 +355,7 @@ def tiny_imagenet_resnet(
     groups: int = 1,  # cardinality: 32 for ResNeXt
     base_width: int = 64,  # width of each group in the first stage: 4 for ResNeXt 32×4d
     n_classes: int = 200,  # K
-    in_channels: int = 3,  # 3 for colour images
+    in_channels: int = 3,  # 3 for color images
     **norm,  # `mean` and `std` of the pixels
 ) -> Classifier:  # for 64×64 images, from 32×32 upwards; hidden vectors have 2048 units
     "torchvision's ResNet (He et al., CVPR 2016) or ResNeXt (Xie et al. 2017) for Tiny ImageNet (GCE §5.1, COT §3.2): first stride 1."
@@ -390,7 +390,7 @@ def cifar_resnext(
     groups: int = 2,  # cardinality
     base_width: int = 64,  # width of a group in the first stage
     n_classes: int = 10,  # K
-    in_channels: int = 3,  # 3 for colour images
+    in_channels: int = 3,  # 3 for color images
     **norm,  # `mean` and `std` of the pixels
 ) -> Classifier:  # for 32×32 images; hidden vectors have 1024 units
     "ResNeXt for CIFAR (Xie et al. 2017, §5.3); ResNeXt-29 (2×64d) in COT §3.2."
@@ -414,7 +414,7 @@ def wide_resnet(
     depth: int = 28,  # 6n + 4: 16, 22, 28, 40
     widen: int = 10,  # k: the stages have 16k, 32k and 64k channels
     n_classes: int = 10,  # K
-    in_channels: int = 3,  # 3 for colour images
+    in_channels: int = 3,  # 3 for color images
     **norm,  # `mean` and `std` of the pixels
 ) -> Classifier:  # for 32×32 images; hidden vectors have 64k units
     "Wide residual network (Zagoruyko and Komodakis 2016), without dropout; WideResNet-28-10 in COT §3.2."
@@ -432,7 +432,7 @@ def wide_resnet(
 # %% ../nbs/02_models.ipynb #0d06c9c1
 def densenet_bc_121(
     n_classes: int = 10,  # K
-    in_channels: int = 3,  # 3 for colour images
+    in_channels: int = 3,  # 3 for color images
     **norm,  # `mean` and `std` of the pixels
 ) -> Classifier:  # for 32×32 images; hidden vectors have 1024 units
     "torchvision's DenseNet-BC-121, k = 32 (Huang et al. 2017), with the CIFAR start: 3×3 convolution, no pooling (COT §3.2)."
@@ -446,7 +446,7 @@ def densenet_bc_121(
 def vgg11(
     n_classes: int = 30,  # K
     in_channels: int = 1,  # 1 for spectrograms
-    batch_norm: bool = True,  # normalise after each convolution
+    batch_norm: bool = True,  # normalize after each convolution
     **norm,  # `mean` and `std` of the input
 ) -> (
     Classifier
@@ -533,7 +533,7 @@ class Architecture(NamedTuple):
     def __call__(
         self,
         **kwargs,  # for `build`
-    ) -> Classifier:  # freshly initialised
+    ) -> Classifier:  # freshly initialized
         return self.build(**kwargs)
 
 # %% ../nbs/02_models.ipynb #2231c34c
@@ -584,7 +584,7 @@ MODELS = dict(
 def create_model(
     name: str,  # a key of `MODELS`
     **kwargs,  # `n_classes`, `in_channels`, `mean`, `std`
-) -> Classifier:  # freshly initialised from torch's global generator
+) -> Classifier:  # freshly initialized from torch's global generator
     "Build a network by name; `InputError` for an unknown one."
     return choose(name, MODELS, 'model')(**kwargs)
 

@@ -43,7 +43,7 @@ def check_images(
     excess, rounding = max(a - low, high - b), max(1e-6, torch.finfo(x.dtype).eps)
     if not excess <= rounding * max(b - a, abs(a), abs(b)):
         raise InputError(
-            f'pixels span [{low:g}, {high:g}]: they must lie in [{a:g}, {b:g}], {excess:.2g} is too far out; normalise inside the model'
+            f'pixels span [{low:g}, {high:g}]: they must lie in [{a:g}, {b:g}], {excess:.2g} is too far out; normalize inside the model'
         )
     return x.clamp(a, b)
 
@@ -192,7 +192,7 @@ def sample_keys(
     seed: int = 0,  # any integer
     bounds: tuple = (0, 1),  # smallest and largest value of a pixel
 ) -> torch.Tensor:  # (N,) int64, one key an image
-    "A hash of every image's grey levels and the seed, whatever the batch it comes in and whatever the range of its pixels."
+    "A hash of every image's gray levels and the seed, whatever the batch it comes in and whatever the range of its pixels."
     levels, signed = _levels(x, bounds), (seed + 2**63) % 2**64 - 2**63
     return mix(
         levels.mul_(_weights(levels.shape[1], x.device)).sum(1)

@@ -75,7 +75,7 @@ def make(name, **settings):
 
 def radius(
     attack, eps=0.1, width=1
-):  # of its norm; None where the attack minimises in another
+):  # of its norm; None where the attack minimizes in another
     return eps * width if attack.distance.p == INF else None
 
 
@@ -130,7 +130,7 @@ def forms(net):  # name → (model, range of its pixels), all the same network
                 ),
                 (0, 1),
             ),
-            'normalises itself': (Affine(inner, 1 / spread, -low / spread), (0, 1)),
+            'normalizes itself': (Affine(inner, 1 / spread, -low / spread), (0, 1)),
         }
     )
 
@@ -352,7 +352,7 @@ def test_half_networks(name, dtype):
             ok, answers(net, x_adv.to(dtype)) != y
         )
         assert torch.equal(x_adv[~ok], x[~ok])
-    single = network(torch.float32)  # half precision is no defence
+    single = network(torch.float32)  # half precision is no defense
     y = answers(single, wide)
     full = attack(single, wide, y, epsilons=radius(attack))[2].float().mean()
     half = attack(net, wide.to(dtype), y, epsilons=radius(attack))[2].float().mean()

@@ -27,7 +27,7 @@ from complement_objectives.detection import (
     KernelDensity,
     Mahalanobis,
     MaxLogit,
-    NearestNeighbours,
+    NearestNeighbors,
     NonMaxEntropy,
     auroc,
     confidence,
@@ -207,7 +207,7 @@ def test_a_collapsed_class_leaves_the_bandwidth_to_the_others():
     assert KernelDensity().fit(*whole)(*whole).isfinite().all()
 
 
-# ---- Mahalanobis and nearest neighbours -----------------------------------------------------------------------------
+# ---- Mahalanobis and nearest neighbors -----------------------------------------------------------------------------
 
 
 class Largest(TorchDispatchMode):
@@ -261,9 +261,9 @@ def kth_distance(query, points, k, unit):
 @pytest.mark.parametrize('offset', [0.0, 1e3, 1e4, 1e6])
 @pytest.mark.parametrize('unit', [False, True])
 @pytest.mark.parametrize('k', [1, 10])
-def test_neighbours_with_a_shared_offset(offset, unit, k):
+def test_neighbors_with_a_shared_offset(offset, unit, k):
     points, query = (normal(400, 16) + offset), (normal(100, 16, seed=1) + offset)
-    found = NearestNeighbours(k, None, unit).fit(
+    found = NearestNeighbors(k, None, unit).fit(
         points, torch.zeros(400, dtype=torch.long)
     )(query, None)
     np.testing.assert_allclose(
@@ -275,7 +275,7 @@ def test_neighbours_with_a_shared_offset(offset, unit, k):
 
 @pytest.mark.parametrize('width', [1e-3, 1e-5])
 @pytest.mark.parametrize('unit', [False, True])
-def test_neighbours_among_collapsed_features(width, unit):
+def test_neighbors_among_collapsed_features(width, unit):
     middles, labels = (
         normal(4, 16, dtype=torch.float64),
         torch.arange(4).repeat_interleave(100),
@@ -284,7 +284,7 @@ def test_neighbours_among_collapsed_features(width, unit):
     query = middles[labels[::10]] + width * normal(40, 16, seed=2, dtype=torch.float64)
     for dtype in (torch.float32, torch.float64):
         p, q = points.to(dtype), query.to(dtype)
-        found = NearestNeighbours(5, None, unit).fit(p, labels)(q, None)
+        found = NearestNeighbors(5, None, unit).fit(p, labels)(q, None)
         np.testing.assert_allclose(
             -found.double().numpy(),
             kth_distance(q.double().numpy(), p.double().numpy(), 5, unit),
@@ -292,13 +292,11 @@ def test_neighbours_among_collapsed_features(width, unit):
         )
 
 
-def test_neighbours_of_an_older_file():
+def test_neighbors_of_an_older_file():
     points, query = normal(50, 4), normal(9, 4, seed=1)
     older, now = (
-        NearestNeighbours(3, None, False),
-        NearestNeighbours(3, None, False).fit(
-            points, torch.zeros(50, dtype=torch.long)
-        ),
+        NearestNeighbors(3, None, False),
+        NearestNeighbors(3, None, False).fit(points, torch.zeros(50, dtype=torch.long)),
     )
     older.load_state_dict(dict(points_=points))
     torch.testing.assert_close(
@@ -739,7 +737,7 @@ def test_pipeline_of_scikit_learn(name):
     'detector',
     [
         KernelDensity(3.0, 20, 10**6, 'float64'),
-        NearestNeighbours(4, 9, False, 100),
+        NearestNeighbors(4, 9, False, 100),
         Energy(3),
         Mahalanobis(0.3),
         Confidence(),
@@ -1052,7 +1050,7 @@ CASES = [(name, {}) for name in DETECTORS] + [
     ('energy', dict(temperature=np.float64(3))),
     ('mahalanobis', dict(shrinkage=1)),
     ('mahalanobis', dict(shrinkage=0.5)),
-    ('knn', dict(k=3, normalise=False)),
+    ('knn', dict(k=3, normalize=False)),
     ('knn', dict(k=np.int64(2), max_points=3, max_memory=100)),
 ]
 
@@ -1144,7 +1142,7 @@ def saved(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp('saved')
     if request.param == 'own':
         robust = (
-            RobustClassifier(Plain(), NearestNeighbours(k=3), layer='pool')
+            RobustClassifier(Plain(), NearestNeighbors(k=3), layer='pool')
             .fit(normal(40, 1, 6, 6), torch.arange(40) % 4)
             .calibrate(normal(40, 1, 6, 6, seed=2))
         )

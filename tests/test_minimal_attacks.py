@@ -206,7 +206,7 @@ class Ranged(nn.Module):
         return self.net((z - self.low) / (self.high - self.low))
 
 
-class Denormalised(nn.Module):
+class Denormalized(nn.Module):
     def forward(self, z):
         return NET(z * 0.25 + 0.5)
 
@@ -222,7 +222,7 @@ FRAMES = {
     'bytes': (framed((0, 255)), (0, 255)),
     'preprocessing': (
         fb.PyTorchModel(
-            Denormalised().eval(),
+            Denormalized().eval(),
             bounds=(0, 1),
             device='cpu',
             preprocessing=dict(mean=0.5, std=0.25),
@@ -375,7 +375,7 @@ def detector():
 
 
 class Inside(nn.Module):
-    "A network with its own normalisation before the one with hidden vectors."
+    "A network with its own normalization before the one with hidden vectors."
 
     def __init__(self, low, high):
         super().__init__()

@@ -867,7 +867,7 @@ def test_accelerate_checkpoint(accelerate, tmp_path):
     same(run(batches()[5:], network('plain'), True, False), oracle, network('plain'))
 
 
-# Lightning's manual optimisation
+# Lightning's manual optimization
 
 
 def lightning_module(model, n=1, clip=None, second=None, forced=False):

@@ -36,7 +36,10 @@ from fastai.losses import BaseLoss, FocalLossFlat, LabelSmoothingCrossEntropyFla
 from fastai.optimizer import OptimWrapper, ranger
 
 from complement_objectives.training.adversarial import AdversarialTraining
-from complement_objectives.training.complement import ComplementTraining, JointComplementTraining
+from complement_objectives.training.complement import (
+    ComplementTraining,
+    JointComplementTraining,
+)
 from complement_objectives.core import InputError
 from complement_objectives.training.guided import (
     GuidanceRecorder,
@@ -522,7 +525,7 @@ def test_recurrent_classifier():
     ).to_complement()
     assert (
         apart(quiet(learn).model, written) < 1e-6
-    )  # the regulariser works in single precision
+    )  # the regularizer works in single precision
     assert apart(written, Words().double()) > 1e-3
 
 
@@ -1220,7 +1223,7 @@ def images(n=2, size=8, channels=3, seed=0):
 
 
 def image_network(mean=0.0, std=1.0):
-    "The same classifier for pixels and for images normalised by `mean` and `std`."
+    "The same classifier for pixels and for images normalized by `mean` and `std`."
 
     class Undo(nn.Module):
         def forward(self, x):
@@ -1294,13 +1297,13 @@ def test_normalised_images(stats, way, trades, random):
         random=random,
         trades=trades,
     )
-    normalised = [((x - mean) / std, y) for x, y in pixels]
+    normalized = [((x - mean) / std, y) for x, y in pixels]
     if way == 'bounds':
         low, high = (
             torch.as_tensor((b - mean) / std).flatten().tolist() for b in (0.0, 1.0)
         )
         bounds = (low, high) if len(low) > 1 else (low[0], high[0])
-        seen = found(normalised, mean, std, random=random, trades=trades, bounds=bounds)
+        seen = found(normalized, mean, std, random=random, trades=trades, bounds=bounds)
     else:
         shape = lambda o: torch.as_tensor(o).reshape(1, -1, 1, 1)
         seen = found(

@@ -549,7 +549,7 @@ class PlainCall(Checked):
         inputs,  # (N, …) images, floating point, within the bounds
         criterion,  # true classes (N,), or a foolbox criterion
         *,
-        epsilons=None,  # radius or radii; None (only for attacks that minimise): no limit
+        epsilons=None,  # radius or radii; None (only for attacks that minimize): no limit
         **kwargs,  # for `run`
     ) -> tuple:  # raw images, images within eps, success (N,); lists and (len(epsilons), N) for a list of radii
         "Attack; where it fails the image comes back unchanged."
@@ -598,7 +598,7 @@ class PlainCall(Checked):
         self,
         times: int,  # how many runs, with successive seeds
     ):  # an attack
-        "The attack with several seeds: the first that fools counts, or the nearest if it minimises."
+        "The attack with several seeds: the first that fools counts, or the nearest if it minimizes."
         return (Restarts if isinstance(self, FixedEpsilonAttack) else NearestRestarts)(
             self, times
         )
@@ -664,13 +664,13 @@ class Restarts(PlainCall, FixedEpsilonAttack):
 
 # %% ../../nbs/06a_attack_base.ipynb #ed898500
 class NearestRestarts(PlainCall, MinimizationAttack):
-    "A minimising attack with seeds `attack.seed`, `attack.seed + 1`, …: the nearest that fools counts."
+    "A minimizing attack with seeds `attack.seed`, `attack.seed + 1`, …: the nearest that fools counts."
 
     valid = dict(times=check_count)
 
     def __init__(
         self,
-        attack,  # that minimises
+        attack,  # that minimizes
         times: int,  # number of runs, at least 1
     ):
         self.attack, self.times = attack, times

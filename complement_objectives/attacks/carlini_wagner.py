@@ -44,7 +44,7 @@ def to_tanh(
     bounds: tuple = (0, 1),  # smallest and largest value of a pixel
     squash: float = 0.999,  # keeps black and white pixels away from infinity, in (0, 1)
 ) -> torch.Tensor:  # w, any real number
-    "The variable that C&W optimise: the inverse of `from_tanh`, up to `squash`."
+    "The variable that C&W optimize: the inverse of `from_tanh`, up to `squash`."
     low, high = bounds
     return ((2 * x - low - high) / (high - low) * squash).atanh()
 
@@ -128,7 +128,7 @@ def linear_constant(
 # %% ../../nbs/06g_carlini_wagner.ipynb #da37be40
 def next_constant(
     s: dict,  # state: `c`, `low`, `high`, `found`, each (n,)
-    done: torch.Tensor,  # (n,) images whose optimisation is over
+    done: torch.Tensor,  # (n,) images whose optimization is over
     growth: float = 4.0,  # factor while nothing has worked yet
 ):
     "One step of C&W's modified binary search, in place, for the images that are done."

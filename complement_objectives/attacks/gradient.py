@@ -63,7 +63,7 @@ def dlr(
 def cot_sum(
     logits: torch.Tensor,  # (N, K)
     y: torch.Tensor,  # (N,) class indices
-) -> torch.Tensor:  # (N,) cross-entropy minus normalised complement entropy
+) -> torch.Tensor:  # (N,) cross-entropy minus normalized complement entropy
     "The two losses of COT's Algorithm 1 added, so that its gradient is the sum of the primary and the complement gradient (COT §3.4)."
     return cross_entropy(logits, y) + complement_entropy_loss(
         logits, y, reduction='none'
@@ -167,7 +167,7 @@ STEP_RULES = {
     ),  # gets from any point of the ball to any other
     'even': lambda steps: (
         1 / steps
-    ),  # GCE Eq 5 and 7, RCE code: from the centre to the edge
+    ),  # GCE Eq 5 and 7, RCE code: from the center to the edge
     'full': lambda steps: 1.0,  # RCE §2.3 as printed
     'gce-script': lambda steps: 1 / 30,
 }  # GCE's script for PGD: 0.01 at eps 0.3

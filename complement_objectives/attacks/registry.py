@@ -247,7 +247,7 @@ def attack(
     x: torch.Tensor,  # (N, …) images in [0, 1], floating point
     y: torch.Tensor,  # (N,) true class indices
     name: str,  # a key of `ATTACKS`
-    eps: float = None,  # radius in the attack's norm, in [0, 1] for L∞; None for no limit, where the attack minimises
+    eps: float = None,  # radius in the attack's norm, in [0, 1] for L∞; None for no limit, where the attack minimizes
     *,
     batch_size: int = 512,  # images at a time; has no influence on the result
     seed: int = 0,  # of random starts, squares and targets

@@ -115,19 +115,19 @@ def log_kernel_density(
     points: torch.Tensor,  # (M, D) training vectors of one class
     sigma2: float,  # squared bandwidth, > 0
     max_memory: int = None,  # bytes of working memory; None for 8 MiB on a CPU and 256 MiB elsewhere
-    centre: bool = True,  # move the origin into the middle of the points first; not needed where it is there
+    center: bool = True,  # move the origin into the middle of the points first; not needed where it is there
     wide: bool = None,  # compute in float64; None: where it is needed
 ) -> (
     torch.Tensor
 ):  # (N,) log KD, at most 0; NaN for a vector that holds NaN or an infinity
-    "Logarithm of the kernel density of RCE §3.4, centred and tile by tile; differentiable in `z`, twice."
+    "Logarithm of the kernel density of RCE §3.4, centerd and tile by tile; differentiable in `z`, twice."
     points, sigma2 = points.detach(), check_positive(sigma2, 'sigma2')
     if not len(points):
         raise InputError('no points: a density needs at least one')
     kept = torch.promote_types(z.dtype, torch.float32)
     if not len(z):
         return z.to(kept).sum(1)
-    if centre:
+    if center:
         middle = points.double().mean(0)
         z, points = (z.double() - middle).to(kept), (points.double() - middle).to(kept)
     if wide is None:
@@ -144,7 +144,7 @@ def _leave_one_out(
     sigma2: float,  # squared bandwidth
     dim: int,  # D, the dimension of the space
 ) -> torch.Tensor:  # (M,) log-density of each point given the others
-    "Log-likelihood of every point under the normalised kernel density of the others that are no copies of it."
+    "Log-likelihood of every point under the normalized kernel density of the others that are no copies of it."
     others = (-d2 / sigma2).masked_fill_(d2 <= 0, -torch.inf).fill_diagonal_(-torch.inf)
     return (
         torch.logsumexp(others, 1)

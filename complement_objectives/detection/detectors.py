@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DETECTORS', 'confidence', 'log_odds', 'non_max_entropy', 'usable', 'Detector', 'Confidence', 'NonMaxEntropy',
-           'MaxLogit', 'Energy', 'KernelDensity', 'Mahalanobis', 'NearestNeighbours', 'create_detector', 'auroc', 'roc',
+           'MaxLogit', 'Energy', 'KernelDensity', 'Mahalanobis', 'NearestNeighbors', 'create_detector', 'auroc', 'roc',
            'bandwidth_sweep', 'log_kernel_density', 'select_sigma2']
 
 # %% ../../nbs/08b_detectors.ipynb #043f0426
@@ -78,7 +78,7 @@ def log_odds(
 def non_max_entropy(
     logits: torch.Tensor,  # (N, L), or (N, L, …) with a score for every pixel
 ) -> torch.Tensor:  # (N,) or (N, …) in [0, log(L-1)], float64
-    "Entropy of the normalised non-maximal probabilities, in the log domain: RCE Eq 1."
+    "Entropy of the normalized non-maximal probabilities, in the log domain: RCE Eq 1."
     others = _non_maximal(logits)
     masked = others == -math.inf
     log_q = (others - others.logsumexp(-1, keepdim=True)).masked_fill(masked, 0)
@@ -237,7 +237,7 @@ class Confidence(Detector):
 
 
 class NonMaxEntropy(Detector):
-    "Entropy of the normalised non-maximal probabilities: RCE Eq 1."
+    "Entropy of the normalized non-maximal probabilities: RCE Eq 1."
 
     title, reads = 'non-ME', 'logits'
 
@@ -376,7 +376,7 @@ def fit(
     labels: torch.Tensor,  # (N,) true classes
     seed: int = 0,  # of the draw of `max_points` features for each class
 ) -> KernelDensity:  # the detector itself
-    "Keep each class's features, centred, and select the bandwidth where none was given."
+    "Keep each class's features, centerd, and select the bandwidth where none was given."
     features, labels, dtype = _training_set(features, labels)
     if self.dtype:
         dtype = getattr(torch, self.dtype)
@@ -602,33 +602,33 @@ def _parts(
     return [z] if torch.compiler.is_exporting() else z.split(rows)
 
 # %% ../../nbs/08b_detectors.ipynb #6f278223
-class NearestNeighbours(Detector):
+class NearestNeighbors(Detector):
     "Minus the distance to the k-th nearest training vector: Sun et al., ICML 2022."
 
     title, vectors, learned = 'k-NN', 'points_', ('points_', 'middle_')
 
     def __init__(
         self,
-        k: int = 10,  # which neighbour
+        k: int = 10,  # which neighbor
         max_points: int = 1000,  # training vectors kept for each class, at most; None for all
-        normalise: bool = True,  # bring vectors to unit length
+        normalize: bool = True,  # bring vectors to unit length
         max_memory: int = None,  # bytes of distances at a time, at least one query's; None for 8 MiB on a CPU and 256 MiB elsewhere
     ):
         super().__init__()
         if k is None:
             raise InputError('k is None: it must be at least 1')
         _check_whole(k=k, max_points=max_points, max_memory=max_memory)
-        self.k, self.max_points, self.normalise, self.max_memory = (
+        self.k, self.max_points, self.normalize, self.max_memory = (
             k,
             max_points,
-            normalise,
+            normalize,
             max_memory,
         )
 
     def _embed(self, hidden):  # (N, D) → (N, D) in float64
         return (
             nn.functional.normalize(hidden.double(), dim=1, eps=1e-300)
-            if self.normalise
+            if self.normalize
             else hidden.double()
         )
 
@@ -645,7 +645,7 @@ class NearestNeighbours(Detector):
         hidden: torch.Tensor,  # (N, D) final hidden vectors of the training set
         labels: torch.Tensor,  # (N,) true classes; only for the draw of `max_points` each
         seed: int = 0,  # of this draw
-    ) -> 'NearestNeighbours':  # the detector itself
+    ) -> 'NearestNeighbors':  # the detector itself
         "Keep the vectors, about their middle."
         features, labels, _ = _training_set(hidden, labels)
         points = torch.cat(
@@ -661,7 +661,7 @@ class NearestNeighbours(Detector):
 # %% ../../nbs/08b_detectors.ipynb #50b8aefe
 @patch
 def _scores(
-    self: NearestNeighbours, hidden, logits
+    self: NearestNeighbors, hidden, logits
 ):  # → (N,) at most 0; differentiable in `hidden`
     z, points = self._embed(hidden) - self.middle_, self.points_.double()
     rows, lengths = _rows(z, len(points), self.max_memory), points.square().sum(1) / -2
@@ -670,9 +670,9 @@ def _scores(
         return torch.addmm(lengths, part, points.T).topk(self.k).indices[:, -1]
 
     with torch.no_grad():
-        neighbours = torch.cat([kth(part) for part in _parts(z.detach(), rows)])
+        neighbors = torch.cat([kth(part) for part in _parts(z.detach(), rows)])
     return (
-        -(z - points[neighbours])
+        -(z - points[neighbors])
         .norm(dim=1)
         .to(torch.promote_types(hidden.dtype, torch.float32))
     )
@@ -685,7 +685,7 @@ DETECTORS = {
     'max-logit': MaxLogit,
     'energy': Energy,
     'mahalanobis': Mahalanobis,
-    'knn': NearestNeighbours,
+    'knn': NearestNeighbors,
 }
 
 

@@ -113,7 +113,7 @@ def worst_case(
 def distortion(
     x_adv: torch.Tensor,  # (N, …) adversarial images, pixels in [0, 1]
     x: torch.Tensor,  # (N, …) their originals
-) -> torch.Tensor:  # (N,) root mean square difference in grey levels, 0 to 255
+) -> torch.Tensor:  # (N,) root mean square difference in gray levels, 0 to 255
     "Distortion of each image as RCE §4.3 defines it."
     if x_adv.shape != x.shape:
         raise InputError(

@@ -32,7 +32,12 @@ from complement_objectives.core import (
     weight_type,
 )
 from ..attacks.gradient import LOSSES, PGD, as_loss
-from .metrics import asking, check_pairs, correct, lost_gradients
+from complement_objectives.evaluation.metrics import (
+    asking,
+    check_pairs,
+    correct,
+    lost_gradients,
+)
 from ..perturbation import check_images, project, start_noise
 
 # %% ../../nbs/09b_sanity_checks.ipynb #b5aaf213
@@ -330,7 +335,7 @@ def check_unbounded(
     model,  # from pixels to logits
     x: torch.Tensor,  # (N, …) images in [0, 1]
     y: torch.Tensor,  # (N,) true classes
-    attack=None,  # one that minimises; None: `FMN()`, for other norms than L∞ `L2FMN()`
+    attack=None,  # one that minimizes; None: `FMN()`, for other norms than L∞ `L2FMN()`
     p: float = math.inf,  # of the norm of the claim
 ) -> Check:  # measured: share of images broken
     "Does an attack without a limit always succeed?"

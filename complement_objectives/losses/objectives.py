@@ -314,14 +314,14 @@ def _sizes(
 
 
 def _n_classes(
-    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalized scores
 ) -> int:  # K, 0 where there is no such axis
     "How many classes there are."
     return _sizes(logits)[1] if logits.ndim > 1 else 0
 
 # %% ../../nbs/01a_objectives.ipynb #1d39472d
 def _rows(
-    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalized scores
     target: Tensor,  # (N,) or (N, d1, …) class indices, or with an axis of one in addition
 ) -> tuple:  # logits as (M, K), target as (M,) int64, K
     "Check shapes and dtypes, then bring the class axis last and flatten the others."
@@ -476,7 +476,7 @@ def _learned(
 
 
 def _loss(
-    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalized scores
     target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
     plain,  # (z, t) -> (M,) values, by plain operations
     closed=None,  # (z, t, w, each, out) -> loss, gradient into out; None to leave that to autograd
@@ -511,7 +511,7 @@ def _loss(
 
 # %% ../../nbs/01a_objectives.ipynb #6a09ee86
 def complement_entropy(
-    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalized scores
     target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
     reduction: str = 'mean',  # 'none', 'mean' or 'sum'
 ) -> Tensor:  # entropy in nats, between 0 and log(K-1)
@@ -526,7 +526,7 @@ def _entropy_plain(z, t):
 
 # %% ../../nbs/01a_objectives.ipynb #22792ec0
 def complement_entropy_loss(
-    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalized scores
     target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
     *,
     normalize: bool = True,  # divide by K-1 (COT Eq 3)?
@@ -534,7 +534,7 @@ def complement_entropy_loss(
     ignore_index: int = -100,  # targets that count for nothing
     reduction: str = 'mean',  # 'none', 'mean' or 'sum'
 ) -> Tensor:  # -H/(K-1), or -H
-    "What step 2 of COT's Algorithm 1 minimises; 0 with a zero gradient for K = 2."
+    "What step 2 of COT's Algorithm 1 minimizes; 0 with a zero gradient for K = 2."
     scale = 1 / max(_n_classes(logits) - 1, 1) if normalize else 1.0
     return _loss(
         logits,
@@ -552,7 +552,7 @@ def _gce_plain(
     z: Tensor,  # (M, K) logits
     t: Tensor,  # (M,) true classes
     alpha: float,  # exponent of the guiding factor
-) -> Tensor:  # (M,) loss before normalisation
+) -> Tensor:  # (M,) loss before normalization
     "Guided complement entropy of each row: GCE Eq 2."
     odds, h = _stats(z, t)
     return -(alpha * F.logsigmoid(odds)).exp() * h
@@ -565,7 +565,7 @@ def _gce_closed(
     each: bool,  # keep the rows apart?
     out: Tensor,  # (M, K) to be filled with the gradient, or None
     alpha: float,  # exponent of the guiding factor
-) -> Tensor:  # weighted loss before normalisation, (M,) or summed
+) -> Tensor:  # weighted loss before normalization, (M,) or summed
     "Guided complement entropy and its gradient."
     x, q, c, u = _others(z, t)
     u.sub_(z.gather(1, t)).sub_(c)  # minus the log-odds
@@ -582,7 +582,7 @@ def _gce_closed(
 
 # %% ../../nbs/01a_objectives.ipynb #af0ef069
 def guided_complement_entropy(
-    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalized scores
     target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
     alpha: float = 1 / 3,  # exponent of the guiding factor, > 0
     *,
@@ -590,7 +590,7 @@ def guided_complement_entropy(
     weight: Tensor = None,  # (K,) weight of each class
     ignore_index: int = -100,  # targets that count for nothing
     reduction: str = 'mean',  # 'none', 'mean' or 'sum'
-) -> Tensor:  # loss in [-1, 0] when normalised
+) -> Tensor:  # loss in [-1, 0] when normalized
     "Complement entropy weighted by the true class's probability to the power alpha, negated: GCE Eq 3."
     _check_number('alpha', alpha)
     if not 0 < alpha < math.inf:
@@ -666,7 +666,7 @@ def _log_softmax_gradient(
 
 # %% ../../nbs/01a_objectives.ipynb #300d9835
 def reverse_cross_entropy(
-    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalized scores
     target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
     weight: Tensor = None,  # (K,) weight of each class
     ignore_index: int = -100,  # targets that count for nothing
@@ -687,7 +687,7 @@ def reverse_cross_entropy(
 
 # %% ../../nbs/01a_objectives.ipynb #5bd474ee
 def smoothed_cross_entropy(
-    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalized scores
     target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
     lam: float,  # trade-off λ, at least 0; 0 is cross-entropy
     weight: Tensor = None,  # (K,) weight of each class

@@ -42,7 +42,7 @@ def _published_rows(
 
 # %% ../../nbs/01c_relatives.ipynb #c9d593fb
 def published_complement_entropy_loss(
-    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalized scores
     target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
     weight: Tensor = None,  # (K,) weight of each class
     ignore_index: int = -100,  # targets that count for nothing
@@ -59,7 +59,7 @@ def published_complement_entropy_loss(
 
 # %% ../../nbs/01c_relatives.ipynb #abe1c214
 def published_guided_complement_entropy(
-    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalized scores
     target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
     alpha: float = 0.333,  # exponent of the guiding factor, > 0; the code's default is not quite 1/3
     *,
@@ -82,7 +82,7 @@ def published_guided_complement_entropy(
 
 # %% ../../nbs/01c_relatives.ipynb #ab0dfd26
 def complement_cross_entropy(
-    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalized scores
     target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
     gamma: float = -1.0,  # factor of the complement entropy over K-1, below 0
     *,
@@ -129,7 +129,7 @@ def _group_indices(
 
 
 def hierarchical_complement_entropy_loss(
-    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalized scores
     target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
     groups: Tensor,  # (K,) coarse class of each fine class
     *,
@@ -157,7 +157,7 @@ def hierarchical_complement_entropy_loss(
 
 # %% ../../nbs/01c_relatives.ipynb #d3b7dfbe
 def probabilistically_compact_loss(
-    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalised scores
+    logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalized scores
     target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
     xi: float = 0.995,  # probability gap asked for, in (0, 1]
     *,

@@ -91,7 +91,7 @@ def plot_roc(
             )
         else:
             ax.plot([], [], label=f'{name} (–)')
-    ax.plot([0, 1], [0, 1], color='grey', lw=0.8, ls=':')
+    ax.plot([0, 1], [0, 1], color='gray', lw=0.8, ls=':')
     ax.set(
         title=title, xlabel='adversarial let in', ylabel='normal let in', aspect='equal'
     )
@@ -117,7 +117,7 @@ def plot_hidden(
     seed: int = 0,  # of t-SNE
     ax=None,  # matplotlib axes, or None for new ones
 ):  # the axes
-    "t-SNE of hidden vectors, one colour a class."
+    "t-SNE of hidden vectors, one color a class."
     if len(z) < 3:
         raise InputError(f't-SNE needs at least 3 vectors, got {len(z)}')
     if ax is None:

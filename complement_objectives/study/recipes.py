@@ -103,7 +103,7 @@ class TrainingConfig:
     augment: bool  # padded crops, and mirroring where the recipe allows it?
     adversarial: float | None  # ε of adversarial training, in (0, 1], or None
     precision: str  # a key of `PRECISIONS`
-    seed: int  # of initialisation, batches and augmentation
+    seed: int  # of initialization, batches and augmentation
 
 # %% ../../nbs/11a_recipes.ipynb #2c67f9e3
 def training_config(

@@ -17,7 +17,11 @@ from ..attacks.registry import radii
 from ..saving import load_tensors
 from ..core import InputError, atomic_write, pick_device
 from ..data import ImageData, load_data
-from ..evaluation.threat_models import SCORES, chosen_pairs, mean_std
+from complement_objectives.evaluation.threat_models import (
+    SCORES,
+    chosen_pairs,
+    mean_std,
+)
 from complement_objectives.study.figures import (
     plot_accuracy,
     plot_hidden,
@@ -495,7 +499,7 @@ def _fooled_caption(config, runs) -> str:  # of which images the scores are
 
 
 def _hidden_caption(runs) -> str:
-    return f't-SNE of the final hidden vectors of the first {min(1000, runs[0]["clean"]["images"])} test images, seed 0; colours are classes.'
+    return f't-SNE of the final hidden vectors of the first {min(1000, runs[0]["clean"]["images"])} test images, seed 0; colors are classes.'
 
 
 def _sections(

@@ -60,7 +60,11 @@ from complement_objectives.evaluation.threat_models import (
 )
 from ..models import ReverseLogits, create_model, forward_batches
 from .recipes import RECIPES, check_learned, forget_failed
-from ..training.registry import OBJECTIVES, check_objective, train_classifier
+from complement_objectives.training.registry import (
+    OBJECTIVES,
+    check_objective,
+    train_classifier,
+)
 
 # %% ../../nbs/11d_runs.ipynb #efe46b0e
 @dataclass(frozen=True)
@@ -271,7 +275,7 @@ def _load_part(
     return report, tensors
 
 # %% ../../nbs/11d_runs.ipynb #50c708f5
-def _network(config: StudyConfig, data: ImageData):  # freshly initialised
+def _network(config: StudyConfig, data: ImageData):  # freshly initialized
     return create_model(**RECIPES[config.dataset].network(config.model, data))
 
 

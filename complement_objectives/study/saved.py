@@ -13,12 +13,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ..attacks.registry import attack, attack_settings, make_attack, radii
-from complement_objectives.saving import (
-    load_classifier,
-    read_tensors,
-    save_tensors,
+from complement_objectives.attacks.registry import (
+    attack,
+    attack_settings,
+    make_attack,
+    radii,
 )
+from ..saving import load_classifier, read_tensors, save_tensors
 from complement_objectives.core import (
     NUMBER,
     InputError,
@@ -30,7 +31,11 @@ from complement_objectives.core import (
     save_json,
 )
 from ..data import load_data
-from ..detection.detectors import DETECTORS, KernelDensity, create_detector
+from complement_objectives.detection.detectors import (
+    DETECTORS,
+    KernelDensity,
+    create_detector,
+)
 from complement_objectives.evaluation.threat_models import (
     accuracy,
     auc_interval,
@@ -275,7 +280,7 @@ def _worst_rows(
 # %% ../../nbs/11f_saved.ipynb #d4a5ea63
 def attack_results(
     folder: str | Path,  # of `attack_saved`
-) -> pd.DataFrame:  # index (attack, eps); accuracy in percent, images, fooled, distortion in grey levels
+) -> pd.DataFrame:  # index (attack, eps); accuracy in percent, images, fooled, distortion in gray levels
     "Every attack in the folder, and the worst case over those that kept to the same ε and saw the same images."
     attacks = _attacks(folder)
     rows = {('clean', ''): _clean_row(attacks)} if attacks else {}
@@ -324,7 +329,7 @@ def attack_words(
     ]
     words += [
         _worst_words(attacks),
-        'fooled counts images that were right and then wrong; distortion is the mean over them, in grey levels (RCE §4.3).',
+        'fooled counts images that were right and then wrong; distortion is the mean over them, in gray levels (RCE §4.3).',
         f'Accuracy under attack is an upper bound on robustness; {_knowing(names)}.',
     ]
     return words

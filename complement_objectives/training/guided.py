@@ -38,11 +38,11 @@ GUIDANCE = 'guiding_factor complement_entropy logit_margin'.split()
 
 # %% ../../nbs/07e_guided.ipynb #0a351bd1
 def guidance(
-    logits: Tensor,  # (N, K) unnormalised scores, K > 2
+    logits: Tensor,  # (N, K) unnormalized scores, K > 2
     target: Tensor,  # (N,) class indices
     alpha: float = 1 / 3,  # exponent of the guiding factor, > 0
 ) -> dict:  # `GUIDANCE` name → (N,), no gradient; float32 or better
-    "Guiding factor and normalised complement entropy (the two factors of GCE Eq 3) and the logit margin of each sample."
+    "Guiding factor and normalized complement entropy (the two factors of GCE Eq 3) and the logit margin of each sample."
     z, t = logits.detach().as_subclass(Tensor), target.as_subclass(Tensor)[:, None]
     if z.dtype in (torch.float16, torch.bfloat16):
         z = z.float()

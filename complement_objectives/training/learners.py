@@ -63,7 +63,7 @@ def ignored_index(
 
 # %% ../../nbs/07a_learners.ipynb #0fd88949
 def flattened(
-    logits: Tensor,  # unnormalised scores, the classes on `axis`
+    logits: Tensor,  # unnormalized scores, the classes on `axis`
     target: Tensor,  # class indices, as many as there are rows of logits, in any shape
     axis: int = 1,  # see `class_axis`
 ) -> tuple:  # logits (M, K) and target (M,)

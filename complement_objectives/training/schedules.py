@@ -34,7 +34,7 @@ class Preset:
     sqr_mom: float = 0.99  # Adam's β₂
     wd: float = 1e-4  # weight decay, added to the gradient as λθ
     wd_bn_bias: bool = (
-        True  # do biases and normalisation layers decay too, as in torch?
+        True  # do biases and normalization layers decay too, as in torch?
     )
     pad: int = 0  # augmentation hint: pad each side by so many pixels, then crop back at random
     flip: bool = False  # augmentation hint: mirror left and right with probability 1/2
@@ -68,7 +68,7 @@ def scaled(
 # %% ../../nbs/07i_schedules.ipynb #78bde749
 @patch
 def opt_func(self: Preset) -> partial:  # for `Learner(opt_func=…)`
-    "The fastai optimizer that equals torch's, with L2 regularisation; Adam's ε is torch's 1e-8."
+    "The fastai optimizer that equals torch's, with L2 regularization; Adam's ε is torch's 1e-8."
     choose(self.optimizer, dict(sgd=SGD, adam=Adam), 'optimizer')
     if self.optimizer == 'sgd':
         return partial(SGD, mom=self.mom, wd=self.wd, decouple_wd=False)
