@@ -38,7 +38,7 @@ def small_net(
         nn.Flatten(), nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, classes)
     )
 
-
+# %% ../nbs/00a_demo.ipynb #d53c7850
 def train_small(
     loss,  # (logits, labels) → a number to descend
     net: nn.Module = None,  # trained in place; None: `small_net()`
