@@ -11,12 +11,14 @@ from . import complement
 from . import guided
 from . import adversarial
 from . import schedules
+from . import resume
 from . import registry
 from .learners import *
 from .complement import *
 from .guided import *
 from .adversarial import *
 from .schedules import *
+from .resume import *
 from .registry import *
 
 # %% ../../nbs/07_training.ipynb #trai0004
@@ -25,4 +27,5 @@ __all__ += complement.__all__
 __all__ += guided.__all__
 __all__ += adversarial.__all__
 __all__ += schedules.__all__
+__all__ += resume.__all__
 __all__ += registry.__all__

@@ -24,12 +24,8 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam
 
 from .adversarial import MADRY, AdversarialTraining
-from complement_objectives.saving import (
-    EpochSeeds,
-    ResumableTraining,
-    load_classifier,
-    save_classifier,
-)
+from ..saving import load_classifier, save_classifier
+from .resume import EpochSeeds, ResumableTraining
 from complement_objectives.training.complement import (
     ComplementTraining,
     JointComplementTraining,
