@@ -9,6 +9,7 @@ __all__ = []
 from . import learners
 from . import complement
 from . import guided
+from . import reverse
 from . import adversarial
 from . import schedules
 from . import resume
@@ -16,6 +17,7 @@ from . import registry
 from .learners import *
 from .complement import *
 from .guided import *
+from .reverse import *
 from .adversarial import *
 from .schedules import *
 from .resume import *
@@ -25,6 +27,7 @@ from .registry import *
 __all__ += learners.__all__
 __all__ += complement.__all__
 __all__ += guided.__all__
+__all__ += reverse.__all__
 __all__ += adversarial.__all__
 __all__ += schedules.__all__
 __all__ += resume.__all__

@@ -37,9 +37,11 @@ from complement_objectives.training.guided import (
     GUIDANCE,
     GuidanceRecorder,
     GuidedComplementTraining,
+    guidance,
+)
+from complement_objectives.training.reverse import (
     ReverseTraining,
     accuracy_for,
-    guidance,
     to_classifier,
 )
 from .learners import Attached
