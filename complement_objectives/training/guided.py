@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import InputError, check_positive, choose
-from complement_objectives.losses.objectives import (
+from complement_objectives.losses import (
     GuidedComplementEntropyLoss,
     SmoothedCrossEntropyLoss,
     complement_entropy,

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import InputError
-from ..losses.objectives import ReverseCrossEntropyLoss
+from ..losses import ReverseCrossEntropyLoss
 from ..models import ReverseLogits, negated_logits
 from .guided import OwnLoss, ReadsAlike
 from .learners import conceals
@@ -118,7 +118,11 @@ def to_classifier(
 
 
 def _is_reversed(learn: Learner) -> bool:  # do the network's own logits conceal?
-    return len(learn._grab_cbs(ReverseTraining)) > 0 or conceals(learn.loss_func)
+    return len(_reversing(learn)) > 0 or conceals(learn.loss_func)
+
+
+def _reversing(learn: Learner) -> list:  # its callbacks that negate predictions
+    return [cb for cb in learn.cbs if isinstance(cb, ReverseTraining)]
 
 # %% ../../nbs/07f_reverse.ipynb #f9792c5e
 @patch
@@ -132,7 +136,7 @@ def reverse_logits(
         raise InputError(
             'this learner does not train by RCE: there are no logits to reverse'
         )
-    for cb in self._grab_cbs(ReverseTraining):
+    for cb in _reversing(self):
         cb._trained = True
         self.remove_cb(cb)
     if _is_reversed(self):
