@@ -17,7 +17,7 @@ from ..attacks.registry import radii
 from ..saving import load_tensors
 from ..core import InputError, atomic_write, pick_device
 from ..data import ImageData, load_data
-from complement_objectives.evaluation.threat_models import (
+from complement_objectives.evaluation import (
     SCORES,
     chosen_pairs,
     mean_std,

@@ -47,7 +47,7 @@ from complement_objectives.core import (
 )
 from ..data import DATASETS, ImageData, load_data
 from ..detection.detectors import KernelDensity
-from complement_objectives.evaluation.threat_models import (
+from complement_objectives.evaluation import (
     SCORES,
     accuracy,
     chosen_pairs,

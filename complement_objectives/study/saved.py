@@ -36,7 +36,7 @@ from complement_objectives.detection.detectors import (
     KernelDensity,
     create_detector,
 )
-from complement_objectives.evaluation.threat_models import (
+from complement_objectives.evaluation import (
     accuracy,
     auc_interval,
     chosen_pairs,
