@@ -17,9 +17,7 @@ import torch
 from foolbox.criteria import Misclassification
 from torch import nn
 
-from ..attacks import FMN, L2FMN
-from ..attacks.base import as_foolbox
-from ..attacks.gradient import LOSSES, as_loss
+from ..attacks import FMN, L2FMN, LOSSES, as_foolbox, as_loss
 from complement_objectives.core import (
     InputError,
     as_number,

@@ -16,13 +16,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from complement_objectives.attacks.base import (
-    CheckedModel,
-    PlainModel,
-    as_foolbox,
-    under_attack,
-)
-from ..attacks.gradient import as_loss
+from ..attacks import as_foolbox, as_loss, under_attack
+from ..attacks.base import CheckedModel, PlainModel
 from ..core import InputError, check_count, choose
 from complement_objectives.detection import (
     KernelDensity,

@@ -15,8 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..attacks import PGD, Square, Transfer
-from ..attacks.base import limit
+from ..attacks import PGD, Square, Transfer, limit
 from complement_objectives.core import (
     InputError,
     as_number,
@@ -161,6 +160,7 @@ def _square_says_nothing(x, p):  # why; None where it can be run
             'the Square attack paints squares, '
             f'and inputs of shape {tuple(x.shape)} have no height and width'
         )
+    return None
 
 
 def check_gradient_free(
@@ -254,7 +254,8 @@ def _check_source(source):
 
 def _least_lost(model, x, y, attack, tolerance):
     "`check_zero_gradients` on that loss of the attack which has most to follow."
-    losses = {own_loss(part) or 'cross-entropy' for part in parts_of(attack)}
+    followed = [own_loss(part) or 'cross-entropy' for part in parts_of(attack)]
+    losses = dict.fromkeys(followed)  # each once
     checks = [check_zero_gradients(model, x, y, loss, tolerance) for loss in losses]
     return min(checks, key=lambda check: check.measured)
 

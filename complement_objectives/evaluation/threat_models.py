@@ -17,8 +17,16 @@ import torch
 from foolbox.criteria import Misclassification
 from torch import nn
 
-from ..attacks import BIM, FGSM, ILCM, cw, cw_hc, jsma
-from ..attacks.base import PlainCall, as_foolbox
+from complement_objectives.attacks import (
+    BIM,
+    FGSM,
+    ILCM,
+    PlainCall,
+    as_foolbox,
+    cw,
+    cw_hc,
+    jsma,
+)
 from ..core import InputError, as_number
 from ..demo import COLORS
 from ..detection import KernelDensity, create_detector
