@@ -12,7 +12,7 @@ threads wait for each other for whole time slices and the medians say nothing; t
 `--threads 1 --clock cpu` counts processor time instead. The ratios and their bounds
 are also written as CSV, which the page on closed forms shows.
 Memory is the highest sum of live allocations during forward and backward, beyond the
-logits, from torch's profiler. The last part needs a GPU and says so where there is none.
+logits, from torch's profiler. The last part needs a GPU and says so if there is none.
 """
 
 import argparse, csv, os, random, sys, time
@@ -129,6 +129,8 @@ def measured(args):
                 fastest=round(fastest, 3),
                 bound='' if name == 'COT, published' else bound,
                 cross_entropy_ms=round(median(base) * 1e3, 4),
+                threads=args.threads,
+                clock=args.clock,
             )
         print()
 
@@ -175,33 +177,34 @@ def memory(args):
         )
 
 
-def gpu(args, shape=(8192, 50257)):
+def gpu(shape=(8192, 50257)):
+    "Milliseconds and memory of eager and compiled losses on a GPU, printed."
     if not torch.cuda.is_available():
-        return print(
-            '\nGPU: none here, part skipped (its bound: 1.2 times the faster of eager and compiled cross-entropy at (8192, 50257) in bfloat16)'
+        print(
+            '\nGPU: none here, part skipped (its bound: 1.2 times the faster of eager '
+            f'and compiled cross-entropy at {shape} in bfloat16)'
         )
+        return
     print(
-        f'\n{torch.cuda.get_device_name()}, {shape}, bfloat16: milliseconds, and ratio to the faster cross-entropy (bound 1.2)'
+        f'\n{torch.cuda.get_device_name()}, {shape}, bfloat16: milliseconds, and '
+        'ratio to the faster cross-entropy (bound 1.2)'
     )
-    z, t = (
-        torch.randn(shape, device='cuda', dtype=torch.bfloat16).requires_grad_(),
-        torch.randint(shape[1], shape[:1], device='cuda'),
-    )
-    fs = {
-        f'{n}, {k}': w(f)
-        for n, f in LOSSES.items()
-        for k, w in (('eager', lambda f: f), ('compiled', torch.compile))
-    }
-    m = {n: median(v) for n, v in times(fs, z, t, 20, torch.cuda.synchronize).items()}
-    base = min(v for n, v in m.items() if n.startswith('cross'))
-    for n, v in m.items():
+    z = torch.randn(shape, device='cuda', dtype=torch.bfloat16).requires_grad_()
+    t = torch.randint(shape[1], shape[:1], device='cuda')
+    fs = {}
+    for name, f in LOSSES.items():
+        fs[f'{name}, eager'] = f
+        fs[f'{name}, compiled'] = torch.compile(f)
+    ts = times(fs, z, t, 20, torch.cuda.synchronize)
+    medians = {name: median(v) for name, v in ts.items()}
+    base = min(v for name, v in medians.items() if name.startswith('cross'))
+    for name, v in medians.items():
         torch.cuda.reset_peak_memory_stats()
         z.grad = None
         before = torch.cuda.memory_allocated()
-        step(fs[n], z, t)
-        print(
-            f'{n:>24} {v * 1e3:8.2f}ms  {v / base:5.2f}  {(torch.cuda.max_memory_allocated() - before) / 2**30:6.2f} GB'
-        )
+        step(fs[name], z, t)
+        extra = (torch.cuda.max_memory_allocated() - before) / 2**30
+        print(f'{name:>24} {v * 1e3:8.2f}ms  {v / base:5.2f}  {extra:6.2f} GB')
 
 
 if __name__ == '__main__':
@@ -225,4 +228,4 @@ if __name__ == '__main__':
     random.seed(0)
     cpu(args)
     memory(args)
-    gpu(args)
+    gpu()

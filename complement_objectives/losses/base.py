@@ -318,7 +318,7 @@ def loss_of_rows(
         loss = loss + empty
     return loss.reshape(logits.select(1, 0).shape) if each and logits.ndim > 2 else loss
 
-# %% ../../nbs/01e_loss_base.ipynb #9160cf8a
+# %% ../../nbs/01e_loss_base.ipynb #c74230e6
 class RowLoss(nn.Module):
     """A loss of logits and class indices: write `rows`, and the rest is there.
 
@@ -326,6 +326,7 @@ class RowLoss(nn.Module):
     and what fastai asks of a loss.
     """
 
+    paper = ''  # where it comes from, with the equation
     y_int = True  # fastai: targets are indices, so MixUp blends two losses
     reverse = False  # must the trained network's logits be negated to classify?
     negated = False  # have they been negated before they come here?

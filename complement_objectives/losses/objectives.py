@@ -81,9 +81,11 @@ def complement_entropy_loss(
         logits, target, rows, fast, scale, weight, ignore_index, reduction
     )
 
-# %% ../../nbs/01a_objectives.ipynb #5a4315e1
+# %% ../../nbs/01a_objectives.ipynb #2de931e1
 class ComplementEntropyLoss(RowLoss):
     "Module form of `complement_entropy_loss`: COT Eq 3, negated."
+
+    paper = 'COT (Chen et al. 2019) Eq 3, negated'
 
     def __init__(
         self,
@@ -145,10 +147,11 @@ def guided_complement_entropy(
         logits, target, rows, fast, scale, weight, ignore_index, reduction
     )
 
-# %% ../../nbs/01a_objectives.ipynb #546aa38a
+# %% ../../nbs/01a_objectives.ipynb #c6cc926b
 class GuidedComplementEntropyLoss(RowLoss):
     "Module form of `guided_complement_entropy`: GCE Eq 3."
 
+    paper = 'GCE (Chen et al. 2019) Eq 3'
     ranges = dict(alpha=POSITIVE)
 
     def __init__(
@@ -166,7 +169,7 @@ class GuidedComplementEntropyLoss(RowLoss):
     def forward(self, logits, target):
         return guided_complement_entropy(logits, target, **self.settings())
 
-# %% ../../nbs/01a_objectives.ipynb #e9e1d181
+# %% ../../nbs/01a_objectives.ipynb #850aea60
 def plain_label_cross_entropy(
     z: Tensor,  # (M, K) logits
     t: Tensor,  # (M,) true classes
@@ -184,7 +187,15 @@ def plain_label_cross_entropy(
     return loss
 
 
-def _label_loss(true, wrong, logits, target, weight, ignore_index, reduction):
+def _label_loss(
+    true: float,  # the label at the true class
+    wrong: float,  # the label at every other class
+    logits: Tensor,  # this and the rest: see `loss_of_rows`
+    target: Tensor,
+    weight: Tensor,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
     "`plain_label_cross_entropy` with what all losses have."
     rows = partial(plain_label_cross_entropy, true=true, wrong=wrong)
     fast = partial(in_closed_form, partial(label_kernel, true=true, wrong=wrong))
@@ -192,7 +203,7 @@ def _label_loss(true, wrong, logits, target, weight, ignore_index, reduction):
         logits, target, rows, fast, 1.0, weight, ignore_index, reduction
     )
 
-# %% ../../nbs/01a_objectives.ipynb #b2f2edaa
+# %% ../../nbs/01a_objectives.ipynb #deab6f9a
 def reverse_cross_entropy(
     logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalized scores
     target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
@@ -208,12 +219,13 @@ def reverse_cross_entropy(
 class ReverseCrossEntropyLoss(RowLoss):
     "`reverse_cross_entropy` as a module (RCE Eq 4): the logits are read negated."
 
+    paper = 'RCE (Pang et al. 2018) Eq 4'
     reverse = True
 
     def forward(self, logits, target):
         return reverse_cross_entropy(logits, target, **self.settings())
 
-# %% ../../nbs/01a_objectives.ipynb #c63dbfeb
+# %% ../../nbs/01a_objectives.ipynb #a88c3d5d
 def smoothed_cross_entropy(
     logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalized scores
     target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
@@ -231,6 +243,7 @@ def smoothed_cross_entropy(
 class SmoothedCrossEntropyLoss(RowLoss):
     "Module form of `smoothed_cross_entropy`: RCE Eq 2."
 
+    paper = 'RCE (Pang et al. 2018) Eq 2'
     ranges = dict(lam=NOT_NEGATIVE)
 
     def __init__(

@@ -31,7 +31,7 @@ from complement_objectives.losses.objectives import (
     without_true,
 )
 
-# %% ../../nbs/01c_relatives.ipynb #edba66b2
+# %% ../../nbs/01c_relatives.ipynb #9907459c
 _NEGATIVE = Range(high=0)
 
 
@@ -54,6 +54,7 @@ def complement_cross_entropy(
 class ComplementCrossEntropyLoss(RowLoss):
     "Module form of `complement_cross_entropy`."
 
+    paper = 'CCE (Kim et al. 2021)'
     ranges = dict(gamma=_NEGATIVE)
 
     def __init__(
@@ -134,9 +135,11 @@ def hierarchical_complement_entropy_loss(
         reduction=reduction,
     )
 
-# %% ../../nbs/01c_relatives.ipynb #935723dd
+# %% ../../nbs/01c_relatives.ipynb #444ae091
 class HierarchicalComplementEntropyLoss(RowLoss):
     "Module form of `hierarchical_complement_entropy_loss`."
+
+    paper = 'HCOT (Chen et al. 2019)'
 
     def __init__(
         self,
@@ -153,7 +156,7 @@ class HierarchicalComplementEntropyLoss(RowLoss):
     def forward(self, logits, target):
         return hierarchical_complement_entropy_loss(logits, target, **self.settings())
 
-# %% ../../nbs/01c_relatives.ipynb #8a6a1a21
+# %% ../../nbs/01c_relatives.ipynb #299fd2e9
 _GAP = Range(0, 1, high_too=True)
 
 
@@ -192,6 +195,7 @@ def probabilistically_compact_loss(
 class ProbabilisticallyCompactLoss(RowLoss):
     "Module form of `probabilistically_compact_loss`."
 
+    paper = 'PC-LC (Li et al. 2021)'
     ranges = dict(xi=_GAP, lam=NOT_NEGATIVE)
 
     def __init__(
@@ -277,10 +281,11 @@ def published_guided_complement_entropy(
         reduction=reduction,
     )
 
-# %% ../../nbs/01c_relatives.ipynb #47c48f35
+# %% ../../nbs/01c_relatives.ipynb #e6297c75
 class PublishedComplementEntropyLoss(RowLoss):
     "Module form of `published_complement_entropy_loss`. For comparisons only."
 
+    paper = 'COT (Chen et al. 2019) as its code has it'
     ranges = dict(eps=NOT_NEGATIVE)
 
     def __init__(
@@ -300,6 +305,7 @@ class PublishedComplementEntropyLoss(RowLoss):
 class PublishedGuidedComplementEntropyLoss(RowLoss):
     "Module form of `published_guided_complement_entropy`. For comparisons only."
 
+    paper = 'GCE (Chen et al. 2019) as its code has it'
     ranges = dict(alpha=POSITIVE, eps=NOT_NEGATIVE)
 
     def __init__(
