@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from complement_objectives.attacks.base import (
+from complement_objectives.attacks.network import (
     CheckedModel,
     PlainModel,
     as_foolbox,
@@ -30,7 +30,7 @@ from complement_objectives.detection.detectors import (
     log_odds,
     non_max_entropy,
 )
-from ..attacks.gradient import as_loss
+from ..attacks.losses import as_loss
 from complement_objectives.intervals import (
     Interval,
     mean_interval,

@@ -21,7 +21,8 @@ import torch
 from foolbox.criteria import Misclassification
 from torch import nn
 
-from ..attacks.base import as_foolbox, limit
+from ..attacks.base import limit
+from ..attacks.network import as_foolbox
 from ..attacks.apgd import FMN, L2FMN, Square, Transfer
 from complement_objectives.core import (
     InputError,
@@ -31,7 +32,8 @@ from complement_objectives.core import (
     derive_seed,
     weight_type,
 )
-from ..attacks.gradient import LOSSES, PGD, as_loss
+from ..attacks.gradient import PGD
+from ..attacks.losses import LOSSES, as_loss
 from complement_objectives.evaluation.metrics import (
     asking,
     check_pairs,

@@ -20,7 +20,8 @@ import torch
 from foolbox.criteria import Misclassification
 from torch import nn
 
-from ..attacks.base import PlainCall, as_foolbox
+from ..attacks.base import PlainCall
+from ..attacks.network import as_foolbox
 from ..core import InputError, as_number
 from ..detection.detectors import KernelDensity, create_detector
 from ..attacks.gradient import BIM, FGSM, ILCM
