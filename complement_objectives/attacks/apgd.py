@@ -22,8 +22,9 @@ from types import SimpleNamespace
 from .base import PlainCall, fooled, goal, prepared
 from .network import as_foolbox, note_still
 from ..core import InputError, as_number, check_count, derive_seed
-from .gradient import check_gradient_sums, check_seed
+from .gradient import check_seed
 from .losses import as_loss, margin
+from .network import check_gradient_sums
 from .minimal import FMN, L2FMN, check_share, nearest_l2
 from complement_objectives.perturbation import (
     faces,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEP_RULES', 'check_seed', 'GradientAttack', 'FGSM', 'BIM', 'PGD', 'MIM', 'least_likely', 'ILCM']
 
-# %% ../../nbs/06c_gradient_attacks.ipynb #281cf714
+# %% ../../nbs/06c_gradient_attacks.ipynb #d7271ea9
 from functools import partial
 
 import eagerpy as ep
@@ -15,9 +15,14 @@ from foolbox.attacks.base import FixedEpsilonAttack
 
 from .base import PlainCall, goal
 from .losses import as_loss
-from .network import note_still
+from .network import check_gradients
 from ..core import InputError, check_count, check_positive, choose
-from ..perturbation import faces, input_gradient, start_noise
+from complement_objectives.perturbation import (
+    input_gradient,
+    linf_step,
+    project,
+    start_noise,
+)
 
 # %% ../../nbs/06c_gradient_attacks.ipynb #496c5b20
 STEP_RULES = {
@@ -31,68 +36,7 @@ STEP_RULES = {
     'gce-script': lambda steps: 1 / 30,
 }
 
-# %% ../../nbs/06c_gradient_attacks.ipynb #57817622
-def check_gradient_sums(
-    total: torch.Tensor,  # (N,) sums of gradients
-):
-    "`InputError` where a gradient held a NaN."
-    bad = total.isnan().sum().item()
-    if bad:
-        raise InputError(
-            f'the gradient is NaN for {bad} of {len(total)} images: '
-            'check that the logits of the model, and their gradients, are finite'
-        )
-
-
-def check_gradients(
-    model,  # what `run` was given
-    total: torch.Tensor,  # (N,) sums of the gradients of each image
-    x_adv: torch.Tensor,  # (N, …) where they led
-    classes,  # (N,) classes in question
-    sign: int,  # +1 to leave them, -1 to reach them
-    loss,  # from logits and classes to (N,)
-):
-    """`InputError` where a gradient was NaN; a note where an image stands on zeros.
-
-    One look at the device where all is well."""
-    zero = total == 0
-    broken, still = torch.stack([total.isnan().sum(), zero.sum()]).tolist()
-    if broken:
-        at = total.isnan()
-        _report_broken(model, x_adv[at], classes[at], loss, len(total))
-    if still >= 0.1 * len(total):
-        logits, g = _look(model, x_adv[zero], classes[zero], loss)
-        right = logits.argmax(1) == classes[zero]
-        stands = right if sign > 0 else ~right
-        still = (~g.any(1) & stands).sum().item()
-    note_still(model, still, len(total))
-
-
-def _look(model, x, classes, loss):
-    "Logits (N, K) and flat gradients (N, F)."
-    answers = []
-
-    def listen(logits, y):
-        answers.append(logits.detach())
-        return loss(logits, y)
-
-    gradient, _ = input_gradient(model, x, classes, listen)
-    return answers[0], gradient.flatten(1)
-
-
-def _report_broken(model, x, classes, loss, n):
-    logits, gradient = _look(model, x, classes, loss)
-    infinite = gradient.isinf().any() and not gradient.isnan().any()
-    what = 'infinite' if infinite else 'NaN'
-    if logits.isfinite().all():
-        where = 'its logits are finite, so a derivative overflows or divides by zero'
-    else:
-        where = 'its logits are not finite'
-    raise InputError(
-        f'the gradient of the model is {what} for {len(x)} of {n} images: {where}'
-    )
-
-# %% ../../nbs/06c_gradient_attacks.ipynb #072b3020
+# %% ../../nbs/06c_gradient_attacks.ipynb #2d2d9a01
 check_seed = partial(check_count, least=-(2**63))  # any whole number
 
 
@@ -160,7 +104,7 @@ class GradientAttack(PlainCall, FixedEpsilonAttack):
 
     def stepper(self, x):
         "From gradient to direction; may keep a state and overwrite the gradient."
-        return torch.Tensor.sign_
+        return lambda gradient: gradient
 
     def step_length(self, model, epsilon):
         "In the units of the images that `ascend` works on."
@@ -171,17 +115,15 @@ class GradientAttack(PlainCall, FixedEpsilonAttack):
     def ascend(self, model, x, classes, sign, epsilon):
         "The loop, on torch tensors."
         loss, stepper = as_loss(self.loss), self.stepper(x)
-        low, high = faces(x, epsilon, model.bounds)
         size = sign * self.step_length(model, epsilon)
-        x_adv = x.clone()
+        x_adv = x
         if self.random_start:
-            noise = start_noise(x, self.seed, model.bounds)
-            x_adv = torch.clamp(x + epsilon * noise, low, high)
+            x_adv = project(x + epsilon * start_noise(x, self.seed), x, epsilon)
         total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
         for _ in range(self.steps):
             gradient = input_gradient(model, x_adv, classes, loss)[0]
             total += gradient.flatten(1).sum(1)
-            torch.clamp(x_adv.add_(stepper(gradient), alpha=size), low, high, out=x_adv)
+            x_adv = linf_step(x_adv, x, stepper(gradient), size, epsilon)
         check_gradients(model, total, x_adv, classes, sign, loss)
         return x_adv
 
@@ -198,7 +140,7 @@ class GradientAttack(PlainCall, FixedEpsilonAttack):
         "foolbox's interface."
         return self.towards(model, inputs, *goal(criterion), epsilon)
 
-# %% ../../nbs/06c_gradient_attacks.ipynb #67b07d05
+# %% ../../nbs/06c_gradient_attacks.ipynb #67b4ed94
 class FGSM(GradientAttack):
     """Fast gradient sign method, one step of eps: GCE Eq 4, RCE §2.3.
 
@@ -213,7 +155,7 @@ class FGSM(GradientAttack):
     ):
         super().__init__(steps=1, random_start=random_start, loss=loss, seed=seed)
 
-# %% ../../nbs/06c_gradient_attacks.ipynb #d6f8cd92
+# %% ../../nbs/06c_gradient_attacks.ipynb #fd3946f9
 class BIM(GradientAttack):
     "Basic iterative method, r steps of eps/r: GCE Eq 5."
 
@@ -238,7 +180,7 @@ class BIM(GradientAttack):
             step_rule=step_rule,
         )
 
-# %% ../../nbs/06c_gradient_attacks.ipynb #18f1c80a
+# %% ../../nbs/06c_gradient_attacks.ipynb #7dcc6beb
 class PGD(GradientAttack):
     "Projected gradient descent from a random start: GCE §4."
 
@@ -265,7 +207,7 @@ class PGD(GradientAttack):
             step_rule=step_rule,
         )
 
-# %% ../../nbs/06c_gradient_attacks.ipynb #6cb4f784
+# %% ../../nbs/06c_gradient_attacks.ipynb #16fca280
 class MIM(BIM):
     "Momentum iterative method: GCE Eq 6 and 7."
 
@@ -295,18 +237,18 @@ class MIM(BIM):
         self.mu = mu
 
     def stepper(self, x):
-        "Eq 6, and the sign of Eq 7."
+        "Eq 6; the step takes the sign, as in Eq 7."
         velocity, limits = torch.zeros_like(x), torch.finfo(x.dtype)
 
         def step(gradient):
             # a sum may overflow where no entry does
             size = gradient.abs().flatten(1).sum(1).clamp_(limits.tiny, limits.max)
             share = gradient.div_(size.view(-1, *[1] * (x.ndim - 1)))
-            return velocity.mul_(self.mu).add_(share).sign()
+            return velocity.mul_(self.mu).add_(share)
 
         return step
 
-# %% ../../nbs/06c_gradient_attacks.ipynb #92c08704
+# %% ../../nbs/06c_gradient_attacks.ipynb #dc1cbdd5
 def least_likely(
     model,  # a network or foolbox model
     x: torch.Tensor,  # (N, …) images

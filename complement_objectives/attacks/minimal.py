@@ -23,8 +23,8 @@ from complement_objectives.core import (
     check_count,
     check_positive,
 )
-from .gradient import check_gradients
 from .losses import as_loss, margin
+from .network import check_gradients
 from ..perturbation import check_images, input_gradient, start_noise
 
 # %% ../../nbs/06e_minimal_attacks.ipynb #b9003f1f

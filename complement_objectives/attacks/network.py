@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['under_attack', 'as_foolbox', 'check_logits']
 
-# %% ../../nbs/06a1_attacked_network.ipynb #64f6de75
+# %% ../../nbs/06a1_attacked_network.ipynb #b562ad48
 import functools
 import warnings
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..core import InputError, evaluating, weight_type
-from ..perturbation import frozen
+from ..perturbation import frozen, input_gradient
 
 # %% ../../nbs/06a1_attacked_network.ipynb #30174c88
 @contextmanager
@@ -265,3 +265,64 @@ def tell_still(
             "off; try loss='margin' or 'dlr', or an attack without gradients",
             stacklevel=5,
         )
+
+# %% ../../nbs/06a1_attacked_network.ipynb #71d66979
+def check_gradient_sums(
+    total: torch.Tensor,  # (N,) sums of gradients
+):
+    "`InputError` where a gradient held a NaN."
+    bad = total.isnan().sum().item()
+    if bad:
+        raise InputError(
+            f'the gradient is NaN for {bad} of {len(total)} images: '
+            'check that the logits of the model, and their gradients, are finite'
+        )
+
+
+def check_gradients(
+    model,  # what `run` was given
+    total: torch.Tensor,  # (N,) sums of the gradients of each image
+    x_adv: torch.Tensor,  # (N, …) where they led
+    classes,  # (N,) classes in question
+    sign: int,  # +1 to leave them, -1 to reach them
+    loss,  # from logits and classes to (N,)
+):
+    """`InputError` where a gradient was NaN; a note where an image stands on zeros.
+
+    One look at the device where all is well."""
+    zero = total == 0
+    broken, still = torch.stack([total.isnan().sum(), zero.sum()]).tolist()
+    if broken:
+        at = total.isnan()
+        _report_broken(model, x_adv[at], classes[at], loss, len(total))
+    if still >= 0.1 * len(total):
+        logits, g = _look(model, x_adv[zero], classes[zero], loss)
+        right = logits.argmax(1) == classes[zero]
+        stands = right if sign > 0 else ~right
+        still = (~g.any(1) & stands).sum().item()
+    note_still(model, still, len(total))
+
+
+def _look(model, x, classes, loss):
+    "Logits (N, K) and flat gradients (N, F)."
+    answers = []
+
+    def listen(logits, y):
+        answers.append(logits.detach())
+        return loss(logits, y)
+
+    gradient, _ = input_gradient(model, x, classes, listen)
+    return answers[0], gradient.flatten(1)
+
+
+def _report_broken(model, x, classes, loss, n):
+    logits, gradient = _look(model, x, classes, loss)
+    infinite = gradient.isinf().any() and not gradient.isnan().any()
+    what = 'infinite' if infinite else 'NaN'
+    if logits.isfinite().all():
+        where = 'its logits are finite, so a derivative overflows or divides by zero'
+    else:
+        where = 'its logits are not finite'
+    raise InputError(
+        f'the gradient of the model is {what} for {len(x)} of {n} images: {where}'
+    )
