@@ -19,21 +19,12 @@ from foolbox.criteria import Misclassification, TargetedMisclassification
 from functools import partial
 from types import SimpleNamespace
 
-from complement_objectives.attacks.base import (
-    PlainCall,
-    as_foolbox,
-    fooled,
-    goal,
-    note_still,
-    prepared,
-)
+from .base import PlainCall, fooled, goal, prepared
+from .network import as_foolbox, note_still
 from ..core import InputError, as_number, check_count, derive_seed
-from complement_objectives.attacks.gradient import (
-    as_loss,
-    check_finite,
-    check_seed,
-    margin,
-)
+from .gradient import check_seed
+from .losses import as_loss, margin
+from .network import check_gradient_sums
 from .minimal import FMN, L2FMN, check_share, nearest_l2
 from complement_objectives.perturbation import (
     faces,
@@ -253,7 +244,7 @@ def ascend(
     )
 
     def write():
-        check_finite(ascent.total)
+        check_gradient_sums(ascent.total)
         best[ascent.rows], loss[ascent.rows], fooled[ascent.rows] = (
             ascent.best,
             ascent.best_loss,

@@ -22,11 +22,11 @@ from torch import nn
 from complement_objectives.attacks.base import (
     PlainCall,
     as_criterion,
-    check_logits,
     goal,
     prepared,
     random_targets,
 )
+from .network import check_logits
 from complement_objectives.core import (
     InputError,
     as_number,
@@ -34,7 +34,8 @@ from complement_objectives.core import (
     check_positive,
     weight_type,
 )
-from .gradient import check_seed, margin
+from .gradient import check_seed
+from .losses import margin
 from .minimal import nearest_l2
 from ..perturbation import check_images, input_gradient, sample_keys
 

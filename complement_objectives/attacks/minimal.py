@@ -15,20 +15,16 @@ from fastcore.basics import patch
 from foolbox.attacks.base import MinimizationAttack, raise_if_kwargs
 from functools import partial
 
-from complement_objectives.attacks.base import (
-    Checked,
-    PlainCall,
-    PreparedModel,
-    fooled,
-    goal,
-)
+from .base import Checked, PlainCall, fooled, goal
+from .network import PreparedModel
 from complement_objectives.core import (
     InputError,
     as_number,
     check_count,
     check_positive,
 )
-from .gradient import as_loss, check_gradients, margin
+from .losses import as_loss, margin
+from .network import check_gradients
 from ..perturbation import check_images, input_gradient, start_noise
 
 # %% ../../nbs/06e_minimal_attacks.ipynb #b9003f1f

@@ -24,6 +24,8 @@ from .base import *
 from .apgd import *
 from ..core import InputError, check_count, choose
 from .gradient import *
+from .losses import *
+from .network import *
 from .minimal import *
 from .carlini_wagner import *
 from ..perturbation import *
