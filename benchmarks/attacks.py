@@ -322,7 +322,7 @@ def optimization(net, x, y, eps, rounds):
 
 def audit(net, x, y, eps, rounds):
     "APGD and Square beside torchattacks'. Bound: no slower, at equal or lower robust accuracy."
-    from complement_objectives.attacks.apgd import APGD, APGDTargeted, Square
+    from complement_objectives.attacks import APGD, APGDTargeted, Square
 
     ta = peer('torchattacks')
     steps, queries, n = (50, 300, 128) if x.shape[1] == 1 else (20, 200, 48)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from scipy.stats import binomtest, norm
 from torch import nn
 
-from complement_objectives.attacks.apgd import FMN, L2APGD, Square
+from complement_objectives.attacks import FMN, L2APGD, Square
 from complement_objectives.core import InputError
 from complement_objectives.evaluation import crafted
 from complement_objectives.attacks.gradient import FGSM, PGD

@@ -7,29 +7,29 @@ import pytest
 import torch
 from torch import nn
 
-from complement_objectives.attacks.apgd import (
+from complement_objectives.attacks import (
     APGD,
     APGDTargeted,
+    DDN,
     FMN,
     L2APGD,
     L2FMN,
+    CarliniWagnerL2,
+    CarliniWagnerWB,
+    NearestOf,
     Square,
     Transfer,
     WorstCase,
+    cw,
+    cw_hc,
+    cw_wb,
+    nearest_l2,
     robust_accuracy,
 )
 from complement_objectives.core import InputError
 from complement_objectives.detection import KernelDensity
 from complement_objectives.evaluation.sanity_checks import with_settings
-from complement_objectives.attacks.minimal import DDN, NearestOf, nearest_l2
 from complement_objectives.models import Classifier
-from complement_objectives.attacks.carlini_wagner import (
-    CarliniWagnerL2,
-    CarliniWagnerWB,
-    cw,
-    cw_hc,
-    cw_wb,
-)
 
 warnings.filterwarnings('ignore')
 L2_RADIUS, LINF_RADIUS = 0.6, 0.12

@@ -6,26 +6,32 @@
 __all__ = []
 
 # %% ../../nbs/06_attacks.ipynb #atta0003
-from . import base
-from . import gradient
-from . import saliency
-from . import minimal
-from . import carlini_wagner
-from . import apgd
-from . import registry
 from .base import *
 from .gradient import *
 from .saliency import *
 from .minimal import *
+from .search import *
 from .carlini_wagner import *
+from .white_box import *
 from .apgd import *
+from .square import *
+from .ensemble import *
 from .registry import *
 
 # %% ../../nbs/06_attacks.ipynb #atta0004
-__all__ += base.__all__
-__all__ += gradient.__all__
-__all__ += saliency.__all__
-__all__ += minimal.__all__
-__all__ += carlini_wagner.__all__
-__all__ += apgd.__all__
-__all__ += registry.__all__
+import sys
+
+for _name in (
+    'base',
+    'gradient',
+    'saliency',
+    'minimal',
+    'search',
+    'carlini_wagner',
+    'white_box',
+    'apgd',
+    'square',
+    'ensemble',
+    'registry',
+):
+    __all__ += sys.modules[f'{__name__}.{_name}'].__all__

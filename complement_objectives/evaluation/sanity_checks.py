@@ -22,7 +22,9 @@ from foolbox.criteria import Misclassification
 from torch import nn
 
 from ..attacks.base import as_foolbox, limit
-from ..attacks.apgd import FMN, L2FMN, Square, Transfer
+from ..attacks.ensemble import Transfer
+from ..attacks.minimal import FMN, L2FMN
+from ..attacks.square import Square
 from complement_objectives.core import (
     InputError,
     as_number,

@@ -53,12 +53,8 @@ from complement_objectives.evaluation.metrics import (
     zero_gradient_share,
 )
 from ..models import forward_batches
-from complement_objectives.attacks.carlini_wagner import (
-    CarliniWagnerL2,
-    CarliniWagnerWB,
-    cw,
-    cw_hc,
-)
+from ..attacks.carlini_wagner import CarliniWagnerL2, cw, cw_hc
+from ..attacks.white_box import CarliniWagnerWB
 from ..perturbation import check_images
 from ..attacks.saliency import jsma
 

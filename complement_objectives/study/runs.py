@@ -23,9 +23,9 @@ from complement_objectives.attacks.registry import (
     ATTACKS,
     attack,
     attack_settings,
-    check_eps,
     radii,
 )
+from ..perturbation import check_eps
 from complement_objectives.saving import (
     differences,
     load_tensors,
