@@ -11,8 +11,9 @@ from foolbox.criteria import Misclassification, TargetedMisclassification
 from torch import nn
 
 from complement_objectives.attacks import *
-from complement_objectives.attacks import ATTACKS, AUDIT, make_attack
+from complement_objectives.attacks import ATTACKS, make_attack
 from complement_objectives.core import InputError
+from complement_objectives.perturbation import check_images, sample_keys
 
 INF = float('inf')
 # few steps, so that the tests are quick; `cw_wb` needs a density and has its own page
@@ -25,7 +26,8 @@ SHORT = dict(
     apgd_t=dict(steps=8, n_targets=2),
     fmn=dict(steps=15),
 )
-NAMES = [n for n in ATTACKS if n != 'cw_wb' and not n.startswith('apgd') or n in AUDIT]
+TRAITS = {name: row.traits for name, row in ATTACKS.items() if not row.needs}
+NAMES = [n for n, t in TRAITS.items() if t['norm'] == 'L∞' or t['radius'] == 'smallest']
 GRADIENT = ['fgsm', 'bim', 'pgd', 'mim', 'ilcm']
 RANGES = [(0, 1), (-1, 1), (0, 255)]
 

@@ -42,12 +42,14 @@ from complement_objectives.core import (
 )
 from ..perturbation import check_images, input_gradient, sample_keys
 
-# %% ../../nbs/06g_carlini_wagner.ipynb #942661ec
-def check_confidence(value, what):  # κ, at least 0
+# %% ../../nbs/06g_carlini_wagner.ipynb #3889c797
+def check_confidence(value, what):
+    "κ, at least 0."
     return check_positive(value, what, zero=True)
 
 
-def check_real(value, what):  # None, or no NaN
+def check_real(value, what):
+    "None, or a number that is not NaN."
     if value is not None and math.isnan(as_number(value, what)):
         raise InputError(f'{what} is NaN: it must be a number')
     return value

@@ -26,26 +26,30 @@ from complement_objectives.core import (
 )
 from ..perturbation import check_images, input_gradient, start_noise
 
-# %% ../../nbs/06e_minimal_attacks.ipynb #85d99230
-def per_image(v, x):  # (N,) to (N, 1, …), to go with images
+# %% ../../nbs/06e_minimal_attacks.ipynb #15a5334a
+def per_image(v, x):
+    "(N,) to (N, 1, …), to go with images."
     return v.view(-1, *[1] * (x.ndim - 1))
 
 
-def image_norm(v, p=2):  # (N,)
+def image_norm(v, p=2):
+    "(N,) p-norms of images."
     return v.flatten(1).norm(p, dim=1)
 
 
 def _power_of_two(v):  # (N,) near the largest entry of each image; 1 where all are 0
     exponent = torch.frexp(v.flatten(1).abs().amax(1)).exponent
-    return torch.ldexp(v.new_ones(()), exponent.clamp(-100, 100))
+    return torch.ldexp(v.new_ones(len(v)), exponent.clamp(-100, 100))
 
 
-def gradient_norm(v, p=2):  # (N,), also of what is very large or very small
+def gradient_norm(v, p=2):
+    "`image_norm`, also of what is very large or very small."
     power = _power_of_two(v)
     return image_norm(v / per_image(power, v), p) * power
 
 
-def unit_norm(v):  # of length 1, zero stays zero
+def unit_norm(v):
+    "The direction of each image, of length 1; zero stays zero."
     v = v / per_image(_power_of_two(v), v)
     return v / per_image(image_norm(v).clamp_min(1e-30), v)
 
@@ -135,7 +139,7 @@ def between(self: MinimalAttack, model, x, start, criterion):
         least, most = torch.where(won, least, middle), torch.where(won, middle, most)
     return self.part(x, start, most)
 
-# %% ../../nbs/06e_minimal_attacks.ipynb #3de2d808
+# %% ../../nbs/06e_minimal_attacks.ipynb #d4a9bbff
 class FMN(MinimalAttack):
     "Fast minimum norm attack, L∞: Pintor et al. (2021)."
 
@@ -151,7 +155,7 @@ class FMN(MinimalAttack):
         self,
         *,
         steps: int = 100,  # gradients
-        max_stepsize: float = None,  # first step, L2 norm; None: by image, 1 for `L2FMN`
+        max_stepsize: float = None,  # first step, in L2; None: by image, `L2FMN` 1
         min_stepsize: float = None,  # last step; None: a hundredth of the first
         gamma: float = 0.05,  # by how much the radius changes at first; 0.001 at last
         binary_search_steps: int = 10,  # towards `starting_points`, if there are any
@@ -191,7 +195,7 @@ class L2FMN(FMN):
     def part(self, x, start, share):
         return torch.lerp(x, start, per_image(share, x))
 
-# %% ../../nbs/06e_minimal_attacks.ipynb #0a809e52
+# %% ../../nbs/06e_minimal_attacks.ipynb #3f4eea7b
 def _falling(i, n):  # from 1 to 0 in n steps, along half a cosine
     return (1 + math.cos(math.pi * i / max(n - 1, 1))) / 2
 
@@ -209,7 +213,7 @@ def lead_towards(criterion, confidence):  # classes (N,), sign, and the lead
 
     return classes, sign, lead
 
-# %% ../../nbs/06e_minimal_attacks.ipynb #05d6f8f5
+# %% ../../nbs/06e_minimal_attacks.ipynb #d11af447
 @patch
 def search(
     self: FMN,
@@ -246,7 +250,7 @@ def search(
     check_gradients(model, total, found.best, classes, sign, lead)
     return found
 
-# %% ../../nbs/06e_minimal_attacks.ipynb #e6d93024
+# %% ../../nbs/06e_minimal_attacks.ipynb #022fbb9b
 class DDN(MinimalAttack):
     "Decoupled direction and norm, L2: Rony et al. (2019)."
 
@@ -281,7 +285,7 @@ class DDN(MinimalAttack):
 
     part = L2FMN.part
 
-# %% ../../nbs/06e_minimal_attacks.ipynb #318f2e42
+# %% ../../nbs/06e_minimal_attacks.ipynb #1caf7023
 def _led_gradient(model, x, classes, loss, lead):  # of the loss; and the leads (N,)
     leads = []
 
@@ -302,7 +306,7 @@ def first_size(self: DDN, model, x, classes, lead, found):  # (N,)
     found.note(x, value > 0)
     return self.reach * _way(value, gradient_norm(gradient))
 
-# %% ../../nbs/06e_minimal_attacks.ipynb #93164c72
+# %% ../../nbs/06e_minimal_attacks.ipynb #a110d63d
 @patch
 def search(self: DDN, model, x, criterion, confidence=0.0, start=None):
     "Algorithm 1; as `FMN.search`."
@@ -335,7 +339,7 @@ def search(self: DDN, model, x, criterion, confidence=0.0, start=None):
         check_gradients(model, total, found.best, classes, sign, loss)
     return found
 
-# %% ../../nbs/06e_minimal_attacks.ipynb #d631e9dd
+# %% ../../nbs/06e_minimal_attacks.ipynb #ef55623e
 def _same_norm(attacks, what):
     minimal = all(isinstance(a, MinimizationAttack) for a in attacks)
     if not (minimal and len({a.distance.p for a in attacks}) == 1):
@@ -366,7 +370,7 @@ class NearestOf(MinimalAttack):
     def part(self, x, start, share):
         return self.attacks[0].part(x, start, share)
 
-# %% ../../nbs/06e_minimal_attacks.ipynb #8d2bde41
+# %% ../../nbs/06e_minimal_attacks.ipynb #4ea4cf51
 @patch
 def search(self: NearestOf, model, x, criterion, confidence=0.0, start=None):
     "Each attack in turn, on all images; as `FMN.search`."
@@ -398,7 +402,7 @@ def steps(self: NearestOf, total):  # divided as before; `total` is checked alre
         a.steps = max(1, a.steps * total // before)
     self.attacks = tuple(shared)
 
-# %% ../../nbs/06e_minimal_attacks.ipynb #e1db43d0
+# %% ../../nbs/06e_minimal_attacks.ipynb #210fcd62
 def nearest_l2(
     steps: int = 300,  # gradients of all together, at least 3
 ) -> NearestOf:  # an attack

@@ -24,7 +24,7 @@ from .white_box import cw_wb
 from ..core import InputError, check_count, choose
 from ..perturbation import check_eps, check_images, check_labels
 
-# %% ../../nbs/06l_attack_registry.ipynb #ccd49e82
+# %% ../../nbs/06l_attack_registry.ipynb #27f02abd
 def _settable(make):  # names a maker takes, and which of them have no default
     signature = inspect.signature(make)
     names, required, passes_on = [], [], False
@@ -50,7 +50,8 @@ def _start(attack):  # where it sets out; empty for one that knows no choice
     return getattr(attack, 'start', '')
 
 
-def norm_name(attack):  # 'L∞', 'L2' or 'L0'
+def norm_name(attack):
+    "'L∞', 'L2' or 'L0'."
     return f'L{attack.distance.p:g}'.replace('Linf', 'L∞')
 
 # %% ../../nbs/06l_attack_registry.ipynb #8e0c0df0

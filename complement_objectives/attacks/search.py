@@ -112,7 +112,7 @@ def linear_constant(
     const = 2 * f.detach() / size / size
     return f.detach(), torch.where(const.isfinite(), const, 1.0)
 
-# %% ../../nbs/06f_search.ipynb #89a90f8f
+# %% ../../nbs/06f_search.ipynb #e9045e5f
 class Rows:
     "Mixin: tensors with one row an image; images that are done can be dropped."
 
@@ -124,7 +124,8 @@ class Rows:
                 v.keep(rows)
 
 
-def time_to_look(step, x):  # for finished images? A GPU is asked at every tenth step
+def time_to_look(step, x):
+    "Look for finished images? On a GPU, which has to wait, at every tenth step."
     return step % 10 == 1 or not x.is_cuda
 
 # %% ../../nbs/06f_search.ipynb #12ef72fb
