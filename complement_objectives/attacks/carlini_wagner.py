@@ -204,7 +204,7 @@ def search_cold(self: CarliniWagnerL2, x, penalty, bounds, stop=0.0, **changes):
     left = (f > 0).nonzero().flatten()
     return minimize_l2(x, penalty, const, rows=left, **settings)[0]
 
-# %% ../../nbs/06g_carlini_wagner.ipynb #8a98ef0c
+# %% ../../nbs/06g_carlini_wagner.ipynb #691df364
 def _given_start(model, x, start):  # from the caller, as `x`
     low, high = model.model.bounds
     start = start.detach().to(x)
@@ -217,13 +217,13 @@ def _given_start(model, x, start):  # from the caller, as `x`
 
 
 def _nearest_start(model, x, aim, passes):  # images, distances (N,), passes left
-    share = min(max(int(0.6 * passes), min(passes - 10, 90)), 400)
+    share = min(max(int(0.6 * passes), min(passes - 10, 90)), 401)  # all four members
     kind = Misclassification if aim.sign > 0 else TargetedMisclassification
     criterion = kind(aim.classes.to(x.device))
     found = nearest_l2(share).search(model, x, criterion, aim.confidence)
     return found.best, found.least, passes - share
 
-# %% ../../nbs/06g_carlini_wagner.ipynb #725cb987
+# %% ../../nbs/06g_carlini_wagner.ipynb #218123dc
 @patch
 def search_warm(self: CarliniWagnerL2, model, x, aim, bounds, stop, start):
     "The search from near the boundary."
@@ -259,7 +259,7 @@ def search_warm(self: CarliniWagnerL2, model, x, aim, bounds, stop, start):
         passes=passes,
     )[0]
 
-# %% ../../nbs/06g_carlini_wagner.ipynb #29375e71
+# %% ../../nbs/06g_carlini_wagner.ipynb #8e511349
 @patch
 def find(self: CarliniWagnerL2, model, x, aim, bounds, stop, start):
     "One phase: warm where there are passes for it."
@@ -276,7 +276,7 @@ def closest(self: CarliniWagnerL2, model, x, aim, stop, start):
     x_adv = self.find(model, x, aim, tuple(model.bounds), stop, start)
     return torch.where(per_image(aim.reached(model, x_adv), x), x_adv, x)
 
-# %% ../../nbs/06g_carlini_wagner.ipynb #58cfac4d
+# %% ../../nbs/06g_carlini_wagner.ipynb #7e053337
 _PAPERS = dict(binary_search_steps=9, average_case=True, start='cold')
 
 

@@ -26,7 +26,7 @@ from complement_objectives.core import (
 )
 from ..perturbation import check_images, input_gradient, start_noise
 
-# %% ../../nbs/06e_minimal_attacks.ipynb #15a5334a
+# %% ../../nbs/06e_minimal_attacks.ipynb #e7c94c93
 def per_image(v, x):
     "(N,) to (N, 1, …), to go with images."
     return v.view(-1, *[1] * (x.ndim - 1))
@@ -42,16 +42,26 @@ def _power_of_two(v):  # (N,) near the largest entry of each image; 1 where all 
     return torch.ldexp(v.new_ones(len(v)), exponent.clamp(-100, 100))
 
 
+def _ordinary(norm):  # far from both ends? A GPU is not asked, it would have to wait
+    return not norm.is_cuda and bool(((norm > 1e-15) & (norm < 1e18)).all())
+
+
 def gradient_norm(v, p=2):
     "`image_norm`, also of what is very large or very small."
+    norm = image_norm(v, p)
+    if _ordinary(norm):
+        return norm
     power = _power_of_two(v)
     return image_norm(v / per_image(power, v), p) * power
 
 
 def unit_norm(v):
     "The direction of each image, of length 1; zero stays zero."
-    v = v / per_image(_power_of_two(v), v)
-    return v / per_image(image_norm(v).clamp_min(1e-30), v)
+    norm = image_norm(v)
+    if not _ordinary(norm):
+        v = v / per_image(_power_of_two(v), v)
+        norm = image_norm(v).clamp_min(1e-30)
+    return v / per_image(norm, v)
 
 # %% ../../nbs/06e_minimal_attacks.ipynb #f817e4c5
 def check_share(
