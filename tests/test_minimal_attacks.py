@@ -13,6 +13,7 @@ from complement_objectives.attacks import (
     AUDIT,
     AUDIT_L2,
     APGDTargeted,
+    AttackRow,
     DDN,
     FMN,
     L2APGD,
@@ -782,3 +783,10 @@ def test_an_unknown_setting_is_told(name):
     given = dict.fromkeys(rows[name].needs)
     with pytest.raises(InputError, match='unknown setting'):
         rows[name](nonsense=3, **given)
+
+
+def test_a_maker_that_does_not_say_what_it_takes():
+    row = AttackRow('own', 'Own', 'here', lambda **settings: APGD(**settings))
+    assert row(steps=3).steps == 3 and row.needs == []
+    with pytest.raises(InputError, match='unknown setting'):
+        AttackRow('own', 'Own', 'here', APGD)(nonsense=3)

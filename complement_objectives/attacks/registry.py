@@ -25,22 +25,26 @@ from ..core import InputError, check_count, choose
 from ..perturbation import check_eps, check_images, check_labels
 
 # %% ../../nbs/06l_attack_registry.ipynb #27f02abd
-def _settable(make):  # names a maker takes, and which of them have no default
+def _passed_on(make, signature):  # the class that gets other keywords; None: unknown
+    if inspect.isclass(make):
+        return make.__mro__[1]
+    target = signature.return_annotation
+    return target if inspect.isclass(target) and target is not signature.empty else None
+
+
+def _settable(make):  # names a maker takes, which have no default; and others too?
     signature = inspect.signature(make)
-    names, required, passes_on = [], [], False
-    for name, p in signature.parameters.items():
-        if p.kind is p.VAR_KEYWORD:
-            passes_on = True
-            continue
-        names.append(name)
-        if p.default is p.empty:
-            required.append(name)
-    if passes_on:
-        target = (
-            make.__mro__[1] if inspect.isclass(make) else signature.return_annotation
-        )
-        names += [name for name in _settable(target)[0] if name not in names]
-    return names, required
+    parameters = signature.parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    names = [p.name for p in named]
+    required = [p.name for p in named if p.default is p.empty]
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return names, required, False
+    target = _passed_on(make, signature)
+    if target is None:
+        return names, required, True
+    more, _, others = _settable(target)
+    return names + [name for name in more if name not in names], required, others
 
 
 def _start(attack):  # where it sets out; empty for one that knows no choice
@@ -77,9 +81,11 @@ class AttackRow:
             raise InputError(
                 f"attack '{self.name}' needs {names}: give them as keywords"
             )
-        known = dict.fromkeys(_settable(self.make)[0])
+        names, _, others = _settable(self.make)
         for name in settings:
-            choose(name, known, f"setting of attack '{self.name}',")
+            if not others:
+                known = dict.fromkeys(names)
+                choose(name, known, f"setting of attack '{self.name}',")
         return self.make(**self.settings | settings)
 
     @property
