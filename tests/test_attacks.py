@@ -16,6 +16,7 @@ from complement_objectives.attacks.base import _radii, _settled
 from complement_objectives.attacks.gradient import _in_slices
 from complement_objectives.attacks.saliency import choose_targets
 from complement_objectives.core import InputError
+from complement_objectives.perturbation import check_images, sample_keys
 
 INF = float('inf')
 # few steps, so that the tests are quick; `cw_wb` needs a density and has its own page
@@ -28,7 +29,8 @@ SHORT = dict(
     apgd_t=dict(steps=8, n_targets=2),
     fmn=dict(steps=15),
 )
-NAMES = [name for name in ATTACKS if name != 'cw_wb']
+TRAITS = {name: row.traits for name, row in ATTACKS.items() if not row.needs}
+NAMES = [n for n, t in TRAITS.items() if t['norm'] == 'L∞' or t['radius'] == 'smallest']
 GRADIENT = ['fgsm', 'bim', 'pgd', 'mim', 'ilcm']
 RANGES = [(0, 1), (-1, 1), (0, 255)]
 
@@ -558,7 +560,7 @@ def test_networks_that_work_in_place(name, as_foolbox):
             APGD(steps=8), Affine(net, 0.5, 0.2, inplace=True)
         ),
         'restarts': lambda: PGD(steps=5).repeat(2),
-        'worst case': lambda: worst_case([PGD(steps=5), make('square')]),
+        'worst case': lambda: WorstCase([PGD(steps=5), make('square')]),
     }
     attack = made.get(name, lambda: make(name))()
     tame, wild = (Affine(net, 0.5, 0.2, inplace=i) for i in (False, True))
@@ -660,7 +662,7 @@ def test_repeats_of_repeats_take_new_seeds():
     attack.repeat(3).repeat(2)(net, x, answers(net, x), epsilons=0.01)
     assert heard == [10, 11, 12, 13, 14, 15] and attack.seed == 10
     heard.clear()
-    worst_case([attack, FGSM()]).repeat(2)(net, x, answers(net, x), epsilons=0.001)
+    WorstCase([attack, FGSM()]).repeat(2)(net, x, answers(net, x), epsilons=0.001)
     assert heard == [10, 11]
 
 
@@ -905,9 +907,9 @@ def test_the_average_case_costs_no_more_than_asked_for(n, start, searches, steps
 def test_attacks_within_attacks_are_told_once():
     net, x = Loud(network(torch.float32), 1e4), images(20, torch.float32)
     for attack in (
-        worst_case([FGSM(), PGD(steps=3)]),
-        worst_case([FGSM(), BIM(steps=3)], nearest=True),
-        worst_case([FGSM()]).repeat(2),
+        WorstCase([FGSM(), PGD(steps=3)]),
+        WorstCase([FGSM(), BIM(steps=3)], nearest=True),
+        WorstCase([FGSM()]).repeat(2),
     ):
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter('always')

@@ -14,8 +14,12 @@ from . import gradient as _gradient
 from . import saliency_maps as _saliency_maps
 from . import saliency as _saliency
 from . import minimal as _minimal
+from . import search as _search
 from . import carlini_wagner as _carlini_wagner
+from . import white_box as _white_box
 from . import apgd as _apgd
+from . import square as _square
+from . import ensemble as _ensemble
 from . import registry as _registry
 
 # %% ../../nbs/06_attacks.ipynb #a33a332a
@@ -26,8 +30,12 @@ from .gradient import *
 from .saliency_maps import *
 from .saliency import *
 from .minimal import *
+from .search import *
 from .carlini_wagner import *
+from .white_box import *
 from .apgd import *
+from .square import *
+from .ensemble import *
 from .registry import *
 from ..perturbation import *
 
@@ -40,8 +48,12 @@ __all__ = [
     *_saliency_maps.__all__,
     *_saliency.__all__,
     *_minimal.__all__,
+    *_search.__all__,
     *_carlini_wagner.__all__,
+    *_white_box.__all__,
     *_apgd.__all__,
+    *_square.__all__,
+    *_ensemble.__all__,
     *_registry.__all__,
     *_perturbation.__all__,
 ]
