@@ -19,10 +19,8 @@ warnings.filterwarnings('ignore')
 import torch
 from fastai.basics import Adam, CrossEntropyLossFlat, Learner, SGD
 from fastai.callback.progress import ProgressCallback
-from complement_objectives.training.complement import (
-    ComplementTraining,
-    JointComplementTraining,
-)
+from complement_objectives.training.complement import ComplementTraining
+from complement_objectives.training.complement_control import JointComplementTraining
 from complement_objectives.core import pick_device
 from complement_objectives.data import ImageData, dataloaders
 from complement_objectives.losses import (

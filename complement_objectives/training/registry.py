@@ -30,11 +30,9 @@ from complement_objectives.saving import (
     load_classifier,
     save_classifier,
 )
-from complement_objectives.training.complement import (
-    ComplementTraining,
-    JointComplementTraining,
-    complement_step,
-)
+from .complement import ComplementTraining
+from .complement_control import JointComplementTraining
+from ..two_updates import complement_step
 from ..core import InputError, choose, seed_everything
 from ..data import ImageData, dataloaders
 from complement_objectives.training.guided import (
