@@ -14,7 +14,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from .core import InputError
-from .detection.detectors import non_max_entropy
+from .detection import non_max_entropy
 
 # %% ../nbs/10_theory.ipynb #6451c5ca
 def _doubles(*tensors):  # detached, in double precision, on the CPU

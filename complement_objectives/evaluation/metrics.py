@@ -24,7 +24,7 @@ from complement_objectives.attacks.base import (
     under_attack,
 )
 from ..core import InputError, check_count, choose
-from complement_objectives.detection.detectors import (
+from complement_objectives.detection import (
     KernelDensity,
     auroc,
     log_odds,

@@ -13,7 +13,7 @@ import torch
 from sklearn.manifold import TSNE
 
 from ..core import InputError
-from ..detection.detectors import auroc, roc
+from ..detection import auroc, roc
 
 # %% ../../nbs/11b_figures.ipynb #0a383773
 def plot_accuracy(
@@ -93,7 +93,10 @@ def plot_roc(
             ax.plot([], [], label=f'{name} (–)')
     ax.plot([0, 1], [0, 1], color='gray', lw=0.8, ls=':')
     ax.set(
-        title=title, xlabel='adversarial let in', ylabel='normal let in', aspect='equal'
+        title=title,
+        xlabel='FPR (normal rejected)',
+        ylabel='TPR (adversarial rejected)',
+        aspect='equal',
     )
     ax.legend(loc='lower right', title='AUC')
     return ax

@@ -44,7 +44,7 @@ from complement_objectives.evaluation.threat_models import (
     worst_case,
 )
 from ..models import forward_batches
-from complement_objectives.detection.reject import (
+from complement_objectives.detection import (
     RobustClassifier,
     coverage,
     load_robust,
