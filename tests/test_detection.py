@@ -1,4 +1,6 @@
-"""Detectors, thresholds and the reject option on inputs that are hard: each expected value is written out or computed another way."""
+"""Detectors, thresholds and the reject option on inputs that are hard.
+
+Each expected value is written out or computed another way."""
 
 import json, math, warnings
 
@@ -80,7 +82,7 @@ def density(z, points, sigma2):
     return torch.logsumexp(-squared(z, points) / sigma2, 1) - math.log(len(points))
 
 
-# ---- kernel density -------------------------------------------------------------------------------------------------
+# ---- kernel density ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('far', [1e2, 1e4, 1e5, 1e7, 1e8])
@@ -241,7 +243,7 @@ def test_a_collapsed_class_leaves_the_bandwidth_to_the_others():
     assert KernelDensity().fit(*whole)(*whole).isfinite().all()
 
 
-# ---- Mahalanobis and nearest neighbors -----------------------------------------------------------------------------
+# ---- Mahalanobis and nearest neighbors -----------------------------------------------
 
 
 class Largest(TorchDispatchMode):
@@ -338,7 +340,7 @@ def test_neighbors_of_an_older_file():
     )
 
 
-# ---- thresholds and AUC ---------------------------------------------------------------------------------------------
+# ---- thresholds and AUC --------------------------------------------------------------
 
 
 @pytest.mark.parametrize('n', [19, 99, 1000])
@@ -416,7 +418,7 @@ def test_auc_of_separated_scores_is_exactly_one(n):
     )
 
 
-# ---- intervals ------------------------------------------------------------------------------------------------------
+# ---- intervals -----------------------------------------------------------------------
 
 
 def two_bells(rng, n, m, apart, pairs):
@@ -522,7 +524,7 @@ def test_metrics_take_scores_of_any_type_and_shape():
         detection_metrics(a, b, level=95)
 
 
-# ---- NaN, infinities, types -----------------------------------------------------------------------------------------
+# ---- NaN, infinities, types ----------------------------------------------------------
 
 
 def fitted_options():
@@ -745,7 +747,7 @@ def test_images_that_nothing_can_be_learned_from(name):
     assert robust(x)[0].shape == (80,)
 
 
-# ---- scikit-learn ---------------------------------------------------------------------------------------------------
+# ---- scikit-learn --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name', DETECTORS)
@@ -807,7 +809,7 @@ def test_scikit_learns_names(name):
     assert detector.offset_ == 0 and not hasattr(detector, 'predict')
 
 
-# ---- the registry ---------------------------------------------------------------------------------------------------
+# ---- the registry --------------------------------------------------------------------
 
 
 class Length(Detector):
@@ -841,8 +843,8 @@ def test_a_detector_of_ones_own_is_known_saved_and_exported(tmp_path, monkeypatc
 @pytest.mark.parametrize('name', DETECTORS)
 def test_rows_say_what_the_detector_takes(name):
     row = DETECTORS[name]
-    assert isinstance(row(), row.build) and row.parameters == row().settings
-    assert row.ranges.keys() == row.parameters.keys()
+    assert isinstance(row(), row.build) and row.parameters() == row().settings
+    assert row.ranges.keys() == row.parameters().keys()
     assert (row.title, row.reads) == (row.build.title, row.build.reads)
     with pytest.raises(InputError, match='unknown parameter'):
         create_detector(name, nonsense=1)
@@ -860,7 +862,7 @@ def test_what_is_missing_is_told_in_the_words_of_the_class():
         RejectOption(Confidence())(None, normal(3, 4))
 
 
-# ---- direction ------------------------------------------------------------------------------------------------------
+# ---- direction -----------------------------------------------------------------------
 
 
 def test_a_positive_is_an_adversarial_input_that_is_rejected():
@@ -877,7 +879,7 @@ def test_a_positive_is_an_adversarial_input_that_is_rejected():
     assert np.mean(np.array(fine) < threshold) <= 0.4
 
 
-# ---- pixels ---------------------------------------------------------------------------------------------------------
+# ---- pixels --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name', LOGITS)
@@ -917,7 +919,7 @@ def test_logits_without_a_class_axis_are_refused(name):
         create_detector(name)(normal(2, 3), None)
 
 
-# ---- a fit that fails -----------------------------------------------------------------------------------------------
+# ---- a fit that fails ----------------------------------------------------------------
 
 
 class Interrupt(TorchDispatchMode):
@@ -1016,7 +1018,7 @@ def test_a_threshold_that_was_given_outlives_a_fit():
     assert robust.option.threshold_ == -5
 
 
-# ---- a network by the name of a layer -------------------------------------------------------------------------------
+# ---- a network by the name of a layer ------------------------------------------------
 
 
 class Two(nn.Module):
@@ -1118,7 +1120,7 @@ def test_a_named_layer_through_file_and_graph(name, reverse, tmp_path):
         load_robust(tmp_path, model=nn.Linear(2, 2))
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------
 
 NETWORK = dict(name='digits_cnn', n_classes=4)
 

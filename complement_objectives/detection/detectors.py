@@ -47,6 +47,7 @@ class Detector(nn.Module):
     reads = 'hidden'  # what the score is made of; or 'logits'
     learned = ()  # names of the buffers that `fit` fills
     vectors = None  # the buffer (·, D) that hidden vectors (N, D) must match
+    offset_ = 0.0  # a threshold, to scikit-learn; a detector alone has none
 
     def __init__(self):
         super().__init__()
@@ -423,7 +424,7 @@ def log_densities(
     features: torch.Tensor,  # (N, D) vectors, of any device and type
 ) -> torch.Tensor:  # (N, K) log KD; -inf for a class without training points
     "log KD of each vector within every class; for `torch.export` in plain operations."
-    z = self._checked_vectors(as_tensor(features), None)
+    z = self._checked_vectors(as_tensor(features), None).double()
 
     def of_class(points, mean):
         if not len(points):
@@ -608,16 +609,17 @@ class NearestNeighbors(Detector):
         memory = self.max_memory or tile_memory(z.device)
         chunks = _row_chunks(z.detach(), _rows_that_fit(len(points), memory))
         with torch.no_grad():
-            kth = torch.cat([self._kth_nearest(chunk, points) for chunk in chunks])
+            norms = points.square().sum(1) / -2
+            kth = torch.cat([self._kth_nearest(c, points, norms) for c in chunks])
         distances = (z - points[kth]).norm(dim=1)
         return -distances.to(torch.promote_types(hidden.dtype, torch.float32))
 
-    def _kth_nearest(self, z, points):
-        "(N, D), (M, D) → (N,) which point is the k-th nearest."
-        closeness = torch.addmm(points.square().sum(1) / -2, z, points.T)
+    def _kth_nearest(self, z, points, norms):
+        "(N, D), (M, D), (M,) → (N,) which point is the k-th nearest."
+        closeness = torch.addmm(norms, z, points.T)
         return closeness.topk(self.k).indices[:, -1]
 
-# %% ../../nbs/08c_detectors.ipynb #ccd88a44
+# %% ../../nbs/08c_detectors.ipynb #54b304a0
 @dataclass(frozen=True)
 class DetectorRow:
     "A row of `DETECTORS`: called, it builds the detector."
@@ -627,14 +629,16 @@ class DetectorRow:
 
     @property
     def title(self) -> str:  # for tables
+        "As people write it."
         return self.build.title
 
     @property
     def reads(self) -> str:  # 'hidden' or 'logits'
+        "What the score is made of."
         return self.build.reads
 
-    @property
-    def parameters(self) -> dict:  # name → default
+    def parameters(self) -> dict:  # name → default value
+        "The arguments of `build`."
         arguments = inspect.signature(self.build).parameters
         return {name: a.default for name, a in arguments.items()}
 
@@ -643,8 +647,9 @@ class DetectorRow:
         *args,  # values of the parameters, in their order
         **parameters,  # or by name
     ) -> Detector:  # not yet fitted
+        "Build the detector; `InputError` for a parameter that it does not have."
         for name in parameters:
-            choose(name, self.parameters, f'parameter of {self.title}')
+            choose(name, self.parameters(), f'parameter of {self.title}')
         return self.build(*args, **parameters)
 
 # %% ../../nbs/08c_detectors.ipynb #8b55cd7c
@@ -695,9 +700,6 @@ def score_samples(
     with torch.no_grad():
         scores = self.score(None, X) if self.reads == 'logits' else self.score(X, None)
     return scores if isinstance(X, torch.Tensor) else scores.cpu().numpy()
-
-
-Detector.offset_ = 0.0
 
 
 @patch
