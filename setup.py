@@ -39,7 +39,7 @@ setup(
     ],
     packages=find_packages(include=[cfg['lib_name'], f'{cfg["lib_name"]}.*']),
     package_dir={'': '.'},
-    include_package_data=True,
+    package_data={cfg['lib_name']: ['py.typed']},
     zip_safe=False,
     python_requires=f'>={cfg["min_python"]}',
     install_requires=cfg['requirements'].split(),

@@ -7,12 +7,11 @@ __all__ = ['Interval', 'share_interval', 'mean_interval', 'separation_interval',
 
 # %% ../nbs/05_intervals.ipynb #bb5df68a
 import math
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.special import bdtr, betaincinv, stdtrit
+from scipy import stats
 
 from .core import InputError
 
@@ -25,19 +24,18 @@ class Interval(NamedTuple):
     high: float  # upper end
 
 
+_UNKNOWN = Interval(math.nan, math.nan, math.nan)
+
+
 def _check_level(level):
     if not 0 < level < 1:
         raise InputError(f'level is {level}: it must lie between 0 and 1')
 
 
-def _array(values):  # (N,) array of booleans or numbers, whatever they come in
+def _as_vector(values):  # (N,) booleans or numbers, whatever they come in
     if isinstance(values, torch.Tensor):
-        values = (
-            (values.double() if values.is_floating_point() else values)
-            .detach()
-            .cpu()
-            .numpy()
-        )
+        values = values.double() if values.is_floating_point() else values
+        values = values.detach().cpu().numpy()
     elif isinstance(values, (list, tuple)):
         values = [v.item() if hasattr(v, 'item') else v for v in values]
     values = np.asarray(values)
@@ -48,184 +46,167 @@ def _array(values):  # (N,) array of booleans or numbers, whatever they come in
     return values
 
 # %% ../nbs/05_intervals.ipynb #c5108439
-def _wilson(share, n, z):  # n need not be whole
-    middle, half = (
-        n * share + z * z / 2,
-        z * math.sqrt(n * share * (1 - share) + z * z / 4),
-    )
-    low, high = (middle - half) / (n + z * z), (middle + half) / (n + z * z)
-    return Interval(
-        share, max(0.0, low) if share > 0 else 0.0, min(1.0, high) if share < 1 else 1.0
-    )
-
-
-def _normal_quantile(level):
-    return NormalDist().inv_cdf((1 + level) / 2)
-
-
 def share_interval(
     right,  # (N,) bool; or how many, where `n` is given
     level: float = 0.95,  # of the interval
     n: int = None,  # images, where `right` counts them
 ) -> Interval:  # within [0, 1]; three NaN for no images
-    "Share of True with Wilson's interval."
+    "Share of True with Wilson's interval, as scipy computes it."
     _check_level(level)
     if n is None:
-        right, n = _array(right).sum(), len(right)
-    if not 0 <= right <= n:
+        right, n = _as_vector(right).sum(), len(right)
+    if not 0 <= right <= n or right != int(right):
         raise InputError(
             f'{right} of {n} images is no share: give booleans, or a count and n'
         )
     if not n:
-        return Interval(*[math.nan] * 3)
-    return _wilson(float(right / n), n, _normal_quantile(level))
+        return _UNKNOWN
+    test = stats.binomtest(int(right), int(n))
+    low, high = test.proportion_ci(level, method='wilson')
+    return Interval(test.statistic, float(low), float(high))
 
 # %% ../nbs/05_intervals.ipynb #f7eb7bd8
-def _studentised(
-    v, n_boot, seed
-):  # t* of the resamples whose numbers are not all the same
-    n, generator = len(v), torch.Generator().manual_seed(seed)
-
-    def t(rows):
-        drawn = v[torch.randint(n, (len(rows), n), generator=generator)]
-        return (drawn.mean(1) - v.mean()) / (drawn.std(1) / math.sqrt(n))
-
-    found = torch.cat(
-        [t(rows) for rows in torch.arange(n_boot).split(max(1, 2**20 // n))]
-    )
-    return found[found.isfinite()]
-
-
 def mean_interval(
     values,  # (N,) numbers, one an image
     n_boot: int = 1000,  # resamples
     level: float = 0.95,  # of the interval
     seed: int = 0,  # of the resamples
 ) -> Interval:  # NaN for what cannot be known: all from no values, the ends from one
-    "Mean with the wider of Student's interval and that of the studentised bootstrap, at either end."
+    "Mean with the wider of Student's and the studentized bootstrap's interval."
     _check_level(level)
     if n_boot < 1:
         raise InputError(f'n_boot is {n_boot}: take at least one resample')
-    v = torch.from_numpy(_array(values).astype(float))
-    if len(v) < 2:
-        return Interval(v.mean().item(), math.nan, math.nan)
-    mean, error, t = (
-        v.mean().item(),
-        (v.std() / math.sqrt(len(v))).item(),
-        float(stdtrit(len(v) - 1, (1 + level) / 2)),
-    )
-    drawn = _studentised(v, n_boot, seed)
-    ends = torch.tensor([0.5 - level / 2, 0.5 + level / 2], dtype=torch.float64)
-    least, most = drawn.quantile(ends).tolist() if len(drawn) else (-t, t)
-    return Interval(
-        mean,
-        mean - error * min(max(most, t), 2 * t),
-        mean + error * min(max(-least, t), 2 * t),
-    )
+    v = torch.from_numpy(_as_vector(values).astype(float))
+    n, mean = len(v), v.mean().item()
+    if n < 2:
+        return Interval(mean, math.nan, math.nan)
+    error = (v.std() / math.sqrt(n)).item()
+    t = float(stats.t.ppf((1 + level) / 2, n - 1))
+    least, most = _t_ends(v, t, n_boot, level, seed)
+    low = mean - error * min(max(most, t), 2 * t)
+    high = mean + error * min(max(-least, t), 2 * t)
+    return Interval(mean, low, high)
+
+
+_MANY = 2**14  # numbers from which on there are no resamples
+
+
+def _t_ends(v, t, n_boot, level, seed):  # quantiles of t* at the two tails
+    if len(v) > _MANY:
+        skewness = float(stats.skew(v.numpy()))
+        moved = skewness * (2 * t * t + 1) / (6 * math.sqrt(len(v)))
+        return -t - moved, t - moved
+    drawn = _resampled_t(v, n_boot, seed)
+    if not len(drawn):
+        return -t, t
+    tails = torch.tensor([0.5 - level / 2, 0.5 + level / 2], dtype=torch.float64)
+    return drawn.quantile(tails).tolist()
+
+
+def _resampled_t(v, n_boot, seed):  # t* of the resamples whose numbers are not all one
+    n, mean = len(v), v.mean()
+    generator = torch.Generator().manual_seed(seed)
+    at_once = max(1, 2**20 // n)
+    found = []
+    for done in range(0, n_boot, at_once):
+        shape = (min(at_once, n_boot - done), n)
+        drawn = v[torch.randint(n, shape, generator=generator)]
+        found.append((drawn.mean(1) - mean) / (drawn.std(1) / math.sqrt(n)))
+    found = torch.cat(found)
+    return found[found.isfinite()]
 
 # %% ../nbs/05_intervals.ipynb #c512a683
-def _scores(values):  # float64 array; NaN has no rank
-    s = _array(values).astype(float)
-    if np.isnan(s).any():
-        raise InputError(
-            f'{np.isnan(s).sum()} of {len(s)} scores are NaN: they have no rank'
-        )
+def _wilson(share, n, t):  # Wilson's interval; n need not be whole
+    middle = n * share + t * t / 2
+    half = t * math.sqrt(n * share * (1 - share) + t * t / 4)
+    low, high = (middle - half) / (n + t * t), (middle + half) / (n + t * t)
+    return Interval(share, max(0.0, low), min(1.0, high))
+
+
+def _rankable(values):  # (N,) float64; NaN has no rank
+    s = _as_vector(values).astype(float)
+    if missing := np.isnan(s).sum():
+        raise InputError(f'{missing} of {len(s)} scores are NaN: they have no rank')
     return s
 
 
-def _beaten(
-    a, b
-):  # (N,) twice the number of scores in `b` below each in `a`, ties once
+def _twice_below(a, b):  # (N,) twice how many of `b` are below each of `a`, ties once
     b = np.sort(b)
     return np.searchsorted(b, a, 'left') + np.searchsorted(b, a, 'right')
 
 
-def _like_exponential(
-    auc, n, m
-):  # images of a share with Hanley & McNeil's variance, sizes as in Newcombe's method 5
-    return n * m / (1 + ((n + m) / 2 - 2) * ((1 - auc) / (2 - auc) + auc / (1 + auc)))
-
-
-def _delong(
-    v, w, paired
-):  # variance of the AUC, and its degrees of freedom; (0, 0) where it cannot be estimated
+def _delong(v, w, paired):  # variance of the AUC, degrees of freedom; 0, 0: unknown
     n, m = len(v), len(w)
     if min(n, m) < 2:
         return 0.0, 0.0
     if paired:
         return (v + w).var(ddof=1) / n, n - 1
     a, b = v.var(ddof=1) / n, w.var(ddof=1) / m
-    return a + b, (a + b) ** 2 / (a * a / (n - 1) + b * b / (m - 1)) if a + b else 0.0
+    if not a + b:
+        return 0.0, 0.0
+    return a + b, (a + b) ** 2 / (a * a / (n - 1) + b * b / (m - 1))
+
+
+def _images_stood_for(auc, variance, n, m, paired):  # n_A, kept between its bounds
+    least = n / 2 if paired else min(n, m)
+    spread = (1 - auc) / (2 - auc) + auc / (1 + auc)
+    exponential = n * m / (1 + ((n + m) / 2 - 2) * spread)  # Hanley, McNeil, Newcombe
+    found = auc * (1 - auc) / variance
+    return float(np.clip(found, least, max(least, exponential)))
 
 # %% ../nbs/05_intervals.ipynb #04ec9d8c
 def separation_interval(
     normal,  # (N,) scores of normal inputs, higher = more normal
     adversarial,  # (M,) scores of adversarial inputs
     level: float = 0.95,  # of the interval
-    paired: bool = False,  # is the i-th adversarial input made from the i-th normal one?
+    paired: bool = False,  # is the i-th adversarial input made from the i-th normal?
 ) -> Interval:  # within [0, 1]; three NaN where either side is empty
-    "AUC with Wilson's interval for the number of images that DeLong's variance stands for."
+    "AUC with Wilson's interval for the images that DeLong's variance stands for."
     _check_level(level)
-    x, y = _scores(normal), _scores(adversarial)
+    x, y = _rankable(normal), _rankable(adversarial)
     n, m = len(x), len(y)
     if paired and n != m:
         raise InputError(f'{n} normal and {m} adversarial scores are no pairs')
     if not n or not m:
-        return Interval(*[math.nan] * 3)
-    above, below = _beaten(x, y), 2 * n - _beaten(y, x)
-    auc = int(above.sum()) / (
-        2 * n * m
-    )  # whole numbers: exactly 1 at perfect separation
+        return _UNKNOWN
+    above, below = _twice_below(x, y), 2 * n - _twice_below(y, x)
+    # a quotient of whole numbers: exactly 1 at perfect separation
+    auc = int(above.sum()) / (2 * n * m)
+    if auc in (0, 1):
+        return share_interval(round(auc * min(n, m)), level, n=min(n, m))
+    tail = (1 + level) / 2
     variance, df = _delong(above / (2 * m), below / (2 * n), paired)
-    if auc in (0, 1) or variance <= 1e-15:
-        return _wilson(auc, min(n, m), _normal_quantile(level))
-    least = n / 2 if paired else min(n, m)
-    size = np.clip(
-        auc * (1 - auc) / variance, least, max(least, _like_exponential(auc, n, m))
-    )
-    return _wilson(auc, float(size), float(stdtrit(df, (1 + level) / 2)))
+    if variance <= 1e-15:
+        return _wilson(auc, min(n, m), stats.norm.ppf(tail))
+    size = _images_stood_for(auc, variance, n, m, paired)
+    return _wilson(auc, size, float(stats.t.ppf(tail, df)))
 
 # %% ../nbs/05_intervals.ipynb #e3dd5158
-def _place(
-    n, alpha, tail
-):  # the place k of n below the threshold, but for a chance of half the tail at most; and that chance
-    up_to = bdtr(np.arange(n + 1), n, alpha)
+def _place(n, alpha, tail):
+    # the place k of n that is below the threshold only by a chance of half the tail
+    up_to = stats.binom.cdf(np.arange(n + 1), n, alpha)
     k = int(np.searchsorted(up_to, tail / 2))
-    return k, up_to[k - 1] if k else 0.0
+    return k, up_to[k - 1] if k else 0.0  # and that chance
 
 
-def _share_low(k, n, tail):
-    return float(betaincinv(k, n - k + 1, tail)) if k else 0.0  # Clopper & Pearson
+def _share_low(k, n, tail):  # lower end of k of n, Clopper & Pearson
+    return float(stats.beta.ppf(tail, k, n - k + 1)) if k else 0.0
 
 
-def _rate_ends(
-    ordered, counted, alpha, level
-):  # of the share of `counted` below the α-quantile of `ordered`
+def _rate_ends(ordered, counted, alpha, level):
+    # of the share of `counted` below the α-quantile of `ordered`
     n, m, tail = len(ordered), len(counted), (1 - level) / 2
-    below = np.r_[
-        0, np.searchsorted(np.sort(counted), np.sort(ordered)), m
-    ]  # of the counted, for every place
-    (k, missed), (above, over) = _place(n, alpha, tail), _place(n, 1 - alpha, tail)
+    # how many of the counted lie below each place
+    below = np.r_[0, np.searchsorted(np.sort(counted), np.sort(ordered)), m]
+    k, missed = _place(n, alpha, tail)
+    above, over = _place(n, 1 - alpha, tail)
     low = _share_low(below[k], m, tail - missed)
     high = 1 - _share_low(m - below[n + 1 - above], m, tail - over)
-    value = float(
-        below[int((alpha + 1e-12) * n) + 1] / m
-    )  # outside only where the level is low
+    # outside only where the level is low
+    value = float(below[int((alpha + 1e-12) * n) + 1] / m)
     return min(low, value), max(high, value)
 
 # %% ../nbs/05_intervals.ipynb #4ac80491
-def _rate_scores(normal, adversarial, rate, name, level):  # checked
-    _check_level(level)
-    if not 0 < rate < 1:
-        raise InputError(f'{name} is {rate}: it must lie between 0 and 1')
-    x, y = _scores(normal), _scores(adversarial)
-    if not len(x) or not len(y):
-        raise InputError(
-            'a detector is judged on at least one normal and one adversarial score'
-        )
-    return x, y
-
-
 def tpr_interval(
     normal,  # (N,) scores of normal inputs, higher = more normal
     adversarial,  # (M,) scores of adversarial inputs
@@ -233,7 +214,8 @@ def tpr_interval(
     level: float = 0.95,  # of the interval
 ) -> tuple:  # low and high, in [0, 1]; low is 0 where N < `normals_needed(fpr, level)`
     "Ends of the interval of `tpr_at_fpr`: threshold and rate are both uncertain."
-    return _rate_ends(*_rate_scores(normal, adversarial, fpr, 'fpr', level), fpr, level)
+    x, y = _both_sides(normal, adversarial, fpr, 'fpr', level)
+    return _rate_ends(x, y, fpr, level)
 
 
 def fpr_interval(
@@ -241,11 +223,12 @@ def fpr_interval(
     adversarial,  # (M,) scores of adversarial inputs
     tpr: float = 0.95,  # share of adversarial inputs that must be rejected, in (0, 1)
     level: float = 0.95,  # of the interval
-) -> (
-    tuple
-):  # low and high, in [0, 1]; high is 1 where M < `normals_needed(1 - tpr, level)`
-    "Ends of the interval of `fpr_at_tpr`."
-    x, y = _rate_scores(normal, adversarial, tpr, 'tpr', level)
+) -> tuple:  # low and high, in [0, 1]
+    """Ends of the interval of `fpr_at_tpr`.
+
+    `high` is 1 where M < `normals_needed(1 - tpr, level)`.
+    """
+    x, y = _both_sides(normal, adversarial, tpr, 'tpr', level)
     low, high = _rate_ends(-y, -x, 1 - tpr, level)
     return 1 - high, 1 - low
 
@@ -256,3 +239,15 @@ def normals_needed(
 ) -> int:  # with fewer scores the interval reaches to the end of the range
     "How many normal scores show that the threshold is not below all of them."
     return math.ceil(math.log((1 - level) / 4) / math.log1p(-rate))
+
+
+def _both_sides(normal, adversarial, rate, name, level):  # scores, once all is checked
+    _check_level(level)
+    if not 0 < rate < 1:
+        raise InputError(f'{name} is {rate}: it must lie between 0 and 1')
+    x, y = _rankable(normal), _rankable(adversarial)
+    if not len(x) or not len(y):
+        raise InputError(
+            'a detector is judged on at least one normal and one adversarial score'
+        )
+    return x, y

@@ -401,7 +401,7 @@ def test_an_edited_checkpoint_is_refused(capsys, tmp_path):
 
 def test_a_study_that_diverges(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(
-        recipes.RECIPES, 'digits', replace(recipes.RECIPES['digits'], lr=1e9)
+        recipes.DATASETS, 'digits', replace(recipes.DATASETS['digits'], lr=1e9)
     )
     args = [
         'study',

@@ -5,24 +5,29 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/07_training.ipynb #trai0003
-from . import learners
-from . import complement
-from . import guided
-from . import adversarial
-from . import schedules
-from . import registry
+# %% ../../nbs/07_training.ipynb #8aca8083
+from complement_objectives.training import (
+    learners,
+    complement,
+    guided,
+    adversarial,
+    schedules,
+    registry,
+    classifier,
+)
 from .learners import *
 from .complement import *
 from .guided import *
 from .adversarial import *
 from .schedules import *
 from .registry import *
+from .classifier import *
 
-# %% ../../nbs/07_training.ipynb #trai0004
+# %% ../../nbs/07_training.ipynb #8d0a96be
 __all__ += learners.__all__
 __all__ += complement.__all__
 __all__ += guided.__all__
 __all__ += adversarial.__all__
 __all__ += schedules.__all__
 __all__ += registry.__all__
+__all__ += classifier.__all__
