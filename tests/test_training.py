@@ -4,7 +4,9 @@ import copy
 import math
 import subprocess
 import sys
+import warnings
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -12,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastai.basics import (
     Adam,
@@ -24,9 +27,11 @@ from fastai.basics import (
     TensorImage,
     TrainEvalCallback,
     accuracy,
+    load_learner,
     noop,
 )
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.rnn import ModelResetter, RNNCallback, RNNRegularizer
 from fastai.callback.schedule import SuggestionMethod
@@ -40,20 +45,21 @@ from complement_objectives.training.complement import (
     ComplementTraining,
     JointComplementTraining,
 )
-from complement_objectives.core import InputError
+from complement_objectives.core import InputError, seed_everything
+from complement_objectives.data import dataloaders, digits
 from complement_objectives.training.guided import (
     GuidanceRecorder,
     GuidedComplementTraining,
-    ReverseTraining,
-    accuracy_for,
+    _guidance_sums,
     guidance,
 )
+from complement_objectives.training.reverse import ReverseTraining, accuracy_for
 from complement_objectives.losses import (
     ComplementEntropyLoss,
     GuidedComplementEntropyLoss,
     ReverseCrossEntropyLoss,
 )
-from complement_objectives.models import ReverseLogits
+from complement_objectives.models import ReverseLogits, digits_cnn
 from complement_objectives.training import DeviceMixedPrecision, objective_learner
 
 # --- helpers
@@ -1468,3 +1474,161 @@ def test_the_inner_loop_sees_the_prediction_of_the_callbacks(trades):
             ).model
         )
     assert apart(ends[0], ends[1].inner) == 0 and apart(ends[0], image_network()) > 1e-3
+
+
+# --- the recorder of guidance
+
+
+class NoHostSync(TorchDispatchMode):
+    "Forbids the few operators through which Python waits for the device."
+
+    forbidden = {'_local_scalar_dense', 'nonzero', 'index', 'equal'}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.forbidden:
+            raise RuntimeError(f'{func} waits for the device')
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_of_the_recorder_waits_for_the_device():
+    with NoHostSync():
+        total = _guidance_sums(
+            torch.randn(64, 10), torch.randint(10, (64,)), 1 / 3, -100
+        )
+    waits = (
+        lambda: total[0].item(),
+        lambda: bool(total[0] > 0),
+        lambda: total[total > 0],
+    )
+    for wait in waits:
+        with NoHostSync(), pytest.raises(RuntimeError, match='waits for the device'):
+            wait()
+
+
+def test_several_processes_talk_once_in_a_pass(tmp_path):
+    "With a stand-in for a second process that has seen the same samples."
+    learn = learner(
+        batches(), network(), cbs=[GuidanceRecorder()], default_cbs=True, path=tmp_path
+    )
+    with learn.no_bar():
+        alone = list(learn.validate())
+    learn.distributed_trainer = True  # what `distrib_ctx` puts there
+    double = mock.patch(
+        'torch.distributed.all_reduce', side_effect=lambda sums: sums.mul_(2)
+    )
+    with learn.no_bar(), double as reduce:
+        assert list(learn.validate()) == alone
+    assert reduce.call_count == 1
+
+
+def test_guidance_of_pixels_and_of_a_language_model():
+    z, t = torch.randn(2, 5, 3, 3), torch.randint(5, (2, 3, 3))
+    t[0, 0, 0], z[0, :, 0, 0] = -100, math.nan
+    kept = guidance(z.movedim(1, -1)[t != -100], t[t != -100])
+    sums = torch.stack([*(v.sum() for v in kept.values()), torch.tensor(17.0)])
+    by_pixel = _guidance_sums(z, t, 1 / 3, -100)
+    by_word = _guidance_sums(z.movedim(1, -1), t, 1 / 3, -100, axis=-1)
+    assert torch.allclose(by_pixel, sums, atol=1e-4)
+    assert torch.allclose(by_word, sums, atol=1e-4)
+
+
+# --- mixed precision, and learners in files
+
+
+class OnCPU(MixedPrecision):
+    "fastai turns autocast on for CUDA only; this twin asks for the CPU's."
+
+    def before_fit(self):
+        super().before_fit()
+        dtype = torch.bfloat16 if self.amp_mode.value == 'bf16' else torch.float16
+        self.autocast = torch.autocast('cpu', dtype)
+        self.learn.scaler = torch.amp.GradScaler(
+            'cpu', init_scale=128.0, enabled=dtype == torch.float16
+        )
+
+
+class LogitType(Callback):
+    order = -20
+
+    def after_pred(self):
+        self.learn.logit_type = self.pred.dtype
+
+
+def on_digits(**kwargs):
+    seed_everything(0)
+    dls = dataloaders(digits(), 64, device='cpu')
+    adam = partial(Adam, mom=0.9, sqr_mom=0.99, eps=1e-8, wd=0.0)
+    return Learner(
+        dls,
+        digits_cnn(),
+        CrossEntropyLossFlat(),
+        opt_func=adam,
+        lr=1e-3,
+        metrics=accuracy,
+        **kwargs,
+    )
+
+
+def test_guided_training_in_16_bits():
+    "The logits are of 16 bits, the losses of 32."
+
+    def last_row(cbs):
+        learn = on_digits(cbs=cbs).to_guided_complement()
+        seed_everything(1)
+        with warnings.catch_warnings(), learn.no_bar():
+            warnings.simplefilter('ignore')  # no CUDA here
+            quiet(learn, lr=1e-3)
+        return learn, torch.tensor(list(map(float, learn.recorder.values[-1])))
+
+    _, single = last_row([])
+    types = dict(bf16=torch.bfloat16, fp16=torch.float16)
+    for mode, dtype in types.items():
+        learn, half = last_row([OnCPU(mode), LogitType()])
+        assert learn.logit_type == dtype
+        assert 0 < (half - single).abs().max() < 0.02
+
+
+class Items(list):
+    "fastai exports loaders without their items, and asks for an empty twin."
+
+    def new_empty(self):
+        return Items()
+
+
+def reloaded(learn):
+    learn.export()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of pickle
+        return load_learner(learn.path / 'export.pkl')
+
+
+def test_export_with_and_without_the_callback(tmp_path):
+    data = digits()
+    items = Items(zip(data.pixels(data.train_x[:400]), data.train_y))
+
+    def fresh():
+        dls = DataLoaders.from_dsets(items, Items(items[:100]), bs=50, device='cpu')
+        return Learner(dls, digits_cnn(), CrossEntropyLossFlat(), path=tmp_path)
+
+    def predictions(learn):
+        with learn.no_bar():
+            return learn.get_preds(dl=dls.valid)[0].tolist()
+
+    learn = fresh().to_guided_complement()
+    dls = learn.dls
+    with learn.no_bar():
+        quiet(learn, 2)
+    kept, preds = reloaded(learn), predictions(learn)
+    learn.remove_cb(GuidedComplementTraining)
+    removed = reloaded(learn)
+    assert isinstance(kept.loss_func, GuidedComplementEntropyLoss)
+    assert not isinstance(removed.loss_func, GuidedComplementEntropyLoss)
+    assert predictions(kept) == preds == predictions(removed)
+
+    learn = fresh().to_reverse()
+    dls = learn.dls
+    with learn.no_bar():
+        quiet(learn)
+    preds = predictions(learn)
+    assert predictions(reloaded(learn)) == preds
+    assert predictions(reloaded(learn.reverse_logits())) == preds

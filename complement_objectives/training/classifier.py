@@ -16,7 +16,7 @@ from fastai.callback.progress import ProgressCallback  # adds `Learner.no_bar`
 from ..core import InputError, choose, seed_everything
 from ..data import ImageData, dataloaders
 from ..models import ReverseLogits
-from ..saving import EpochSeeds, ResumableTraining
+from .resume import EpochSeeds, ResumableTraining
 from .learners import Attached
 from complement_objectives.training.registry import (
     adam,

@@ -35,7 +35,7 @@ from complement_objectives.training.complement import (
     ComplementTraining,
     JointComplementTraining,
 )
-from .guided import accuracy_for
+from .reverse import accuracy_for
 
 # %% ../../nbs/07k_objective_registry.ipynb #1ae1a539
 @dataclass(frozen=True)
