@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_robust', 'load_robust', 'export_robust']
 
-# %% ../../nbs/08f_serving.ipynb #79208aab
+# %% ../../nbs/08f_serving.ipynb #a145d338
 import hashlib
 import json
 from pathlib import Path
@@ -29,6 +29,7 @@ from complement_objectives.saving import (
     load_tensors,
     save_classifier,
     save_tensors,
+    state_mismatch,
 )
 
 # %% ../../nbs/08f_serving.ipynb #962fe719
@@ -65,17 +66,7 @@ def _checksum(header, tensors):
         digest.update(t.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
-
-def _first_misfit(ours, theirs):
-    "Name of a tensor that is missing on one side or has another shape, or ''."
-    for name in sorted(ours.keys() | theirs.keys()):
-        if name not in ours or name not in theirs:
-            return name
-        if ours[name].shape != theirs[name].shape:
-            return name
-    return ''
-
-# %% ../../nbs/08f_serving.ipynb #a1efbc53
+# %% ../../nbs/08f_serving.ipynb #36c358a5
 def _check_network(network, weights):
     "Are these weights of what `create_model(**network)` makes?"
     if not isinstance(network, dict) or 'name' not in network:
@@ -85,14 +76,14 @@ def _check_network(network, weights):
         )
     try:
         with torch.device('meta'):
-            fresh = create_model(**network).state_dict()
+            fresh = create_model(**network)
     except TypeError as e:
         raise InputError(f'network is {network}: {e}') from None
-    apart = _first_misfit(weights, fresh)
-    if apart:
+    unfit = state_mismatch(weights, fresh)
+    if unfit:
         raise InputError(
-            f"network is {network}, and the weights are of another ('{apart}' "
-            'differs): give what create_model was given'
+            f'network is {network}, and the weights are of another ({unfit}): '
+            'give what create_model was given'
         )
 
 
@@ -223,7 +214,7 @@ def _read_robust(folder):
         )
     return header, tensors
 
-# %% ../../nbs/08f_serving.ipynb #b46e8bfc
+# %% ../../nbs/08f_serving.ipynb #2e26989e
 def load_robust(
     folder: str | Path,  # of `save_robust`
     device='cpu',  # where everything goes
@@ -257,10 +248,10 @@ def load_robust(
 def _with_weights(model, weights, reverse):
     "The given network with the saved weights, in their types."
     inner = model.model if isinstance(model, ReverseLogits) and reverse else model
-    apart = _first_misfit(weights, inner.state_dict())
-    if apart:
+    unfit = state_mismatch(weights, inner)
+    if unfit:
         raise InputError(
-            f"the saved weights do not fit {type(inner).__name__} ('{apart}' differs): "
+            f'the saved weights do not fit {type(inner).__name__} ({unfit}): '
             'build it as it was when it was saved'
         )
     inner.load_state_dict(weights, assign=True)
