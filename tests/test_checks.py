@@ -1,4 +1,4 @@
-"Inputs that the pages on intervals, measures, hygiene and evaluation do not show"
+"Inputs that the pages on intervals, metrics, checks and threat models do not show."
 
 import math
 import warnings
@@ -12,11 +12,21 @@ import torch.nn.functional as F
 from scipy.stats import binomtest, norm
 from torch import nn
 
-from complement_objectives.attacks.apgd import FMN, L2APGD, Square
+from complement_objectives.attacks import (
+    FGSM,
+    FMN,
+    JSMA,
+    L2APGD,
+    PGD,
+    Restarts,
+    Square,
+    Transfer,
+    WorstCase,
+)
 from complement_objectives.core import InputError
-from complement_objectives.evaluation import crafted
-from complement_objectives.attacks.gradient import FGSM, PGD
-from complement_objectives.evaluation.sanity_checks import (
+from complement_objectives.evaluation import (
+    accuracy,
+    auc_interval,
     broken,
     check_gradient_free,
     check_large_eps,
@@ -26,14 +36,26 @@ from complement_objectives.evaluation.sanity_checks import (
     check_steps,
     check_unbounded,
     check_zero_gradients,
+    chosen_pairs,
     compare_checks,
+    correct,
+    crafted,
+    distortion,
     flags,
-    hygiene,
+    lost_gradients,
+    mean_std,
     noise_of_size,
     norm_of,
+    parts_of,
+    printed,
+    run_sanity_checks,
     whole_range,
+    with_settings,
+    worst_case,
     wrong,
+    zero_gradient_share,
 )
+from complement_objectives.evaluation.gradient_checks import percent
 from complement_objectives.intervals import (
     fpr_interval,
     mean_interval,
@@ -42,18 +64,6 @@ from complement_objectives.intervals import (
     share_interval,
     tpr_interval,
 )
-from complement_objectives.evaluation.metrics import (
-    accuracy,
-    auc_interval,
-    chosen_pairs,
-    correct,
-    distortion,
-    lost_gradients,
-    mean_std,
-    worst_case,
-    zero_gradient_share,
-)
-from complement_objectives.attacks.saliency import JSMA
 
 torch.set_num_threads(1)
 PGD10 = PGD(steps=10, rel_stepsize=0.25)
@@ -362,7 +372,7 @@ def test_networks_that_work_in_place(change):
     broken(model, shown, y, PGD10, 0.1)
     broken(model, shown, y, fb.attacks.LinfPGD(steps=3), 0.1)
     zero_gradient_share(model, shown, y), lost_gradients(model, shown, y)
-    hygiene(model, shown, y, 0.1, PGD(steps=3), n_queries=5)
+    run_sanity_checks(model, shown, y, 0.1, PGD(steps=3), n_queries=5)
     assert shown.equal(x)
     foolbox_model = fb.PyTorchModel(model, bounds=(0, 1), device='cpu')
     assert not wrong(foolbox_model, shown, y).any()
@@ -379,7 +389,7 @@ def test_half_networks(kind, attack):
     half = net.to(kind)
     y = half(x.to(kind)).argmax(1)
     assert not wrong(half, x, y).any() and not wrong(half, x.to(kind), y).any()
-    report = hygiene(half, x, y, 0.2, attack, n_queries=5)
+    report = run_sanity_checks(half, x, y, 0.2, attack, n_queries=5)
     assert report['passed'].notna().sum() >= 7 and report.loc['randomness', 'passed']
 
 
@@ -391,7 +401,7 @@ def test_half_networks(kind, attack):
         lambda n, x, y: broken(n, x, y, PGD10, 0.1),
         lambda n, x, y: zero_gradient_share(n, x, y),
         lambda n, x, y: lost_gradients(n, x, y),
-        lambda n, x, y: hygiene(n, x, y, 0.1),
+        lambda n, x, y: run_sanity_checks(n, x, y, 0.1),
         lambda n, x, y: check_randomness(n, x, y),
         lambda n, x, y: accuracy(y == y),
     ],
@@ -408,7 +418,7 @@ def test_empty_data_is_refused(call):
         lambda n, x, y: correct(n, x, y),
         lambda n, x, y: broken(n, x, y, PGD10, 0.1),
         lambda n, x, y: zero_gradient_share(n, x, y),
-        lambda n, x, y: hygiene(n, x, y, 0.1),
+        lambda n, x, y: run_sanity_checks(n, x, y, 0.1),
     ],
 )
 def test_one_output_is_refused(call):
@@ -460,7 +470,7 @@ ATTACKS = {
 def test_each_check_in_the_attacks_norm(p, eps):
     net, x, y = data()
     assert norm_of(ATTACKS[p]) == p
-    report = hygiene(net, x, y, eps, ATTACKS[p], n_queries=5)
+    report = run_sanity_checks(net, x, y, eps, ATTACKS[p], n_queries=5)
     assert (report.loc['no gradient', 'passed'] is None) == (p != math.inf)
     assert f'{16 ** (1 / p):g}' in report.loc['large ε', 'meaning']
     assert (
@@ -486,9 +496,9 @@ def test_noise_lies_in_the_ball(p, bounds, shape):
 
 def test_l2_claims_raise_no_false_flags():
     net, x, y = data(n=60)
-    report = hygiene(net, x, y, 0.3, L2APGD(steps=30))
+    report = run_sanity_checks(net, x, y, 0.3, L2APGD(steps=30))
     assert not {'random noise', 'no gradient', 'large ε'} & set(flags(report))
-    noise = hygiene(net, x, y, 0.3, FGSM()).loc[
+    noise = run_sanity_checks(net, x, y, 0.3, FGSM()).loc[
         'random noise', 'measured'
     ]  # of the same radius in L∞: a distance of 1.2
     assert noise > report.loc['random noise', 'measured']
@@ -497,7 +507,9 @@ def test_l2_claims_raise_no_false_flags():
 def test_radius_in_the_norm_of_the_claim():
     net, x, y = data()
     for eps in (torch.tensor(0.1), np.float32(0.1), torch.tensor([0.1])):
-        assert hygiene(net, x, y, eps, FGSM()).attrs['eps'] == pytest.approx(0.1)
+        assert run_sanity_checks(net, x, y, eps, FGSM()).attrs['eps'] == pytest.approx(
+            0.1
+        )
     for attack, eps in (
         (FGSM(), 1.5),
         (L2APGD(steps=2), -1),
@@ -506,7 +518,7 @@ def test_radius_in_the_norm_of_the_claim():
         (L2APGD(steps=2), math.inf),
     ):
         with pytest.raises(InputError, match='eps (is|must be)'):
-            hygiene(net, x, y, eps, attack)
+            run_sanity_checks(net, x, y, eps, attack)
 
 
 # checks that cannot run
@@ -514,12 +526,12 @@ def test_radius_in_the_norm_of_the_claim():
 
 def test_two_classes():
     net, x, y = data(k=2)
-    report = hygiene(net, x, y, 0.05, PGD10, n_queries=5)
+    report = run_sanity_checks(net, x, y, 0.05, PGD10, n_queries=5)
     row = report.loc['other losses']
     assert (
         row.passed is None and 'dlr' in row.meaning and 'not run in full' in row.meaning
     )
-    assert hygiene(
+    assert run_sanity_checks(
         net, x, y, 0.05, PGD10, n_queries=5, losses=['cross-entropy', 'margin']
     ).loc['other losses', 'passed']
     sharp = Around(net, None)
@@ -527,7 +539,7 @@ def test_two_classes():
         1e4 * net(v)
     )  # saturated: the margin breaks more, and that is a failure, not a dash
     assert (
-        hygiene(
+        run_sanity_checks(
             sharp,
             x,
             y,
@@ -541,7 +553,7 @@ def test_two_classes():
 
 def test_flat_inputs():
     net, x, y = data(shape=(12,))
-    report = hygiene(net, x, y, 0.1, PGD10, n_queries=5)
+    report = run_sanity_checks(net, x, y, 0.1, PGD10, n_queries=5)
     assert (
         report.loc['no gradient', 'passed'] is None
         and 'squares' in report.loc['no gradient', 'meaning']
@@ -556,8 +568,8 @@ def test_foolbox_models(bounds):
     model = fb.PyTorchModel(
         Around(net, lambda v: (v - low) / (high - low)), bounds=bounds, device='cpu'
     )
-    plain = hygiene(net, x, y, 0.1, FGSM(), n_queries=5, source=net)
-    report = hygiene(
+    plain = run_sanity_checks(net, x, y, 0.1, FGSM(), n_queries=5, source=net)
+    report = run_sanity_checks(
         model,
         low + (high - low) * x,
         y,
@@ -577,7 +589,7 @@ def test_foolbox_models(bounds):
 
 def test_networks_without_gradient_and_attacks_without_norm():
     net, x, y = data()
-    report = hygiene(
+    report = run_sanity_checks(
         Around(net, lambda v: v.detach().round()),
         x,
         y,
@@ -597,9 +609,11 @@ def test_networks_without_gradient_and_attacks_without_norm():
 
 def test_inside_inference_mode():
     net, x, y = data()
-    outside = hygiene(net, x, y, 0.1, PGD10, n_queries=5, source=net)
+    outside = run_sanity_checks(net, x, y, 0.1, PGD10, n_queries=5, source=net)
     with torch.inference_mode():
-        inside = hygiene(net, x.clone(), y.clone(), 0.1, PGD10, n_queries=5, source=net)
+        inside = run_sanity_checks(
+            net, x.clone(), y.clone(), 0.1, PGD10, n_queries=5, source=net
+        )
     assert (
         outside['measured'].equals(inside['measured'])
         and inside['passed'].notna().all()
@@ -624,10 +638,10 @@ def test_inside_inference_mode():
         lambda n, x, y, c: check_large_eps(n, x, y, PGD10, eps=0),
         lambda n, x, y, c: broken(n, x, y, PGD10, 0.1, batch_size=0),
         lambda n, x, y, c: zero_gradient_share(n, x, y, batch_size=-1),
-        lambda n, x, y, c: hygiene(n, x, y, 0.1, n_queries=0),
-        lambda n, x, y, c: hygiene(n, x, y, 0.1, tolerance=math.nan),
-        lambda n, x, y, c: hygiene(n, x, y, 0.1, losses=[]),
-        lambda n, x, y, c: hygiene(n, x, y, 0.1, source='another'),
+        lambda n, x, y, c: run_sanity_checks(n, x, y, 0.1, n_queries=0),
+        lambda n, x, y, c: run_sanity_checks(n, x, y, 0.1, tolerance=math.nan),
+        lambda n, x, y, c: run_sanity_checks(n, x, y, 0.1, losses=[]),
+        lambda n, x, y, c: run_sanity_checks(n, x, y, 0.1, source='another'),
     ],
 )
 def test_nonsense_is_refused(call):
@@ -652,7 +666,7 @@ def test_random_networks_are_named(change):
     found = check_randomness(Around(net, change), x, y)
     assert found.passed is False and found.measured > 0.5 and 'random' in found.meaning
     assert 'randomness' in flags(
-        hygiene(Around(net, change), x, y, 0.1, PGD10, n_queries=5)
+        run_sanity_checks(Around(net, change), x, y, 0.1, PGD10, n_queries=5)
     )
     model = fb.PyTorchModel(Around(net, change), bounds=(0, 1), device='cpu')
     assert not check_randomness(model, x, y).passed
@@ -746,7 +760,8 @@ def test_other_clamps_at_the_input_are_named(change):
 def test_labels_of_other_types(kind):
     net, x, y = data()
     plain, other = (
-        hygiene(net, x, t, 0.1, PGD(steps=3), n_queries=5) for t in (y, y.to(kind))
+        run_sanity_checks(net, x, t, 0.1, PGD(steps=3), n_queries=5)
+        for t in (y, y.to(kind))
     )
     assert plain.drop(columns='limit').equals(other.drop(columns='limit'))
     attack = fb.attacks.LinfPGD(steps=3, random_start=False)
@@ -758,24 +773,24 @@ def test_labels_of_other_types(kind):
 
 def test_attacks_with_words_of_their_own():
     net, x, y = data()
-    report = hygiene(
+    report = run_sanity_checks(
         net, x, y, 0.5, fb.attacks.L2DeepFoolAttack(steps=5)
     )  # its loss is called 'logits'
     assert (
         report.loc['zero gradients', 'passed'] is not None
         and 'takes no other loss' in report.loc['other losses', 'meaning']
     )
-    report = hygiene(net, x, y, 3, JSMA(gamma=1.0))  # steps=None
+    report = run_sanity_checks(net, x, y, 3, JSMA(gamma=1.0))  # steps=None
     assert 'no number of steps' in report.loc['more steps', 'meaning']
     assert (
-        hygiene(net, x, y, 0.1, PGD(steps=3), losses='margin', n_queries=5).loc[
-            'other losses', 'passed'
-        ]
+        run_sanity_checks(
+            net, x, y, 0.1, PGD(steps=3), losses='margin', n_queries=5
+        ).loc['other losses', 'passed']
         is not None
     )
     for attack in (PGD, 'pgd'):
         with pytest.raises(InputError, match='the attack is'):
-            hygiene(net, x, y, 0.1, attack)
+            run_sanity_checks(net, x, y, 0.1, attack)
 
 
 @pytest.mark.parametrize('kind', [torch.int8, torch.int16, torch.int32, torch.uint8])
@@ -787,3 +802,92 @@ def test_gradients_at_labels_of_any_integer_type(kind):
         zero_gradient_share(net, x, y.to(kind)) == zero_gradient_share(net, x, y) == 0
     )
     assert lost_gradients(net, x, y.to(kind)) == lost_gradients(net, x, y)
+
+
+# attacks that are put together of others
+
+HASTY = PGD(steps=1, rel_stepsize=0.1, random_start=False)
+TOGETHER = {
+    'restarts': lambda net: Restarts(HASTY, 2),
+    'worst case': lambda net: WorstCase([HASTY, HASTY]),
+    'transfer': lambda net: Transfer(HASTY, net),
+    'deep': lambda net: WorstCase([Restarts(HASTY, 2), Transfer(HASTY, net)]),
+}
+
+
+@pytest.mark.parametrize('name', TOGETHER)
+def test_checks_reach_the_parts(name):
+    net, x, y = data(n=40)
+    attack = TOGETHER[name](net)
+    before = repr(attack)
+    steps = check_steps(net, x, y, 0.3, attack)
+    assert steps.passed is False and steps.meaning.startswith('5')
+    losses = check_losses(net, x, y, 0.3, attack)
+    assert losses.passed is not None and 0 <= losses.measured <= 1
+    report = run_sanity_checks(net, x, y, 0.3, attack, source=net, n_queries=5)
+    assert report['passed'].notna().all()
+    assert repr(attack) == before and all(part.steps == 1 for part in parts_of(attack))
+
+
+def test_the_loss_of_a_part_is_the_one_that_is_followed():
+    net, x, y = data()
+    sharp = Around(net, None)
+    sharp.forward = lambda v: 1e4 * net(v)
+    margin = with_settings(PGD10, loss='margin')
+    for attack, passed in ((PGD10, False), (margin, True)):
+        for claimed in (attack, Restarts(attack, 2), WorstCase([attack])):
+            report = run_sanity_checks(sharp, x, y, 0.1, claimed, n_queries=5)
+            assert report.loc['zero gradients', 'passed'] is passed
+    both = run_sanity_checks(sharp, x, y, 0.1, WorstCase([PGD10, margin]), n_queries=5)
+    assert both.loc['zero gradients', 'passed'] is True
+
+
+@pytest.mark.parametrize('loss', ['cross-entropy', 'margin', 'dlr'])
+def test_the_margin_is_no_advice_where_it_is_flat_too(loss):
+    net, x, y = data()
+    rounding = Around(net, lambda v: (4 * v).round() / 4)
+    found = check_zero_gradients(rounding, x, y, loss=loss)
+    assert found.passed is False and 'follow the margin' not in found.meaning
+    assert 'without gradients' in found.meaning
+
+
+def test_the_margin_is_advised_where_it_helps():
+    net, x, y = data()
+    sharp = Around(net, None)
+    sharp.forward = lambda v: 1e4 * net(v)
+    assert 'follow the margin' in check_zero_gradients(sharp, x, y).meaning
+
+
+def test_the_sentence_on_randomness_says_what_was_measured():
+    net, x, y = data()
+    some = Around(net, lambda v: v + 0.1 * (torch.rand(len(v), 1, 1, 1) < 0.5))
+    found = check_randomness(some, x, y)
+    assert 0 < found.measured < 1
+    assert found.meaning.startswith(percent(found.measured))
+
+
+def test_claims_that_cannot_be_checked_are_refused():
+    net, x, y = data()
+    for images, classes, eps, message in (
+        (255 * x, y, 0.1, 'must lie in'),
+        (x, y[:5], 0.1, 'one class index each'),
+        (x, y, 8, 'eps is 8'),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_sanity_checks(net, images, classes, eps)
+
+
+def test_a_large_l2_radius_is_none_to_refuse():
+    net, x, y = data()
+    assert 'random noise' not in flags(
+        run_sanity_checks(net, x, y, 1.5, L2APGD(steps=20))
+    )
+
+
+def test_tables_are_printed_in_their_units():
+    row = {('pairs', 'value'): 3.0}
+    for name, ends in (('AUC', (0.5, 0.25, 0.75)), ('distortion', (2.0, 1.0, 3.0))):
+        row |= dict(zip([(name, end) for end in ('value', 'low', 'high')], ends))
+    row[('success', 'value')] = math.nan
+    text = printed(pd.DataFrame([row])).iloc[0].tolist()
+    assert text == ['3', '50.0 [25.0, 75.0]', '2.0 [1.0, 3.0]', '–']

@@ -20,7 +20,7 @@ from complement_objectives.attacks.apgd import (
 )
 from complement_objectives.core import InputError
 from complement_objectives.detection import KernelDensity
-from complement_objectives.evaluation.sanity_checks import with_settings
+from complement_objectives.evaluation import with_settings
 from complement_objectives.attacks.minimal import DDN, NearestOf, nearest_l2
 from complement_objectives.models import Classifier
 from complement_objectives.attacks.carlini_wagner import (
