@@ -6,6 +6,9 @@ are left, and from the same call on the rows that count.
 
 import inspect
 import math
+import pickle
+import subprocess
+import sys
 import warnings
 from functools import partial
 
@@ -15,8 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
+from complement_objectives import losses
+from complement_objectives.losses import base, closed_form
 from complement_objectives.losses import objectives as L
-
 from complement_objectives.losses import relatives as R
 
 K, GROUPS = 6, torch.tensor([0, 0, 1, 1, 2, 2])
@@ -710,12 +714,56 @@ def test_without_torchs_private_functions(monkeypatch):
     for f, (first, twice) in zip(FUNCTIONS.values(), expected):
         assert all(map(close, gradient(f, z, y) + second(f, z, y), first + twice))
     monkeypatch.setattr(
-        L, '_transformed', lambda: True
+        base, '_transformed', lambda: True
     )  # what a torch without them gets
-    monkeypatch.setattr(L, '_many', lambda g: True)
+    monkeypatch.setattr(closed_form, '_many', lambda g: True)
     for f, (first, twice) in zip(FUNCTIONS.values(), expected):
         assert all(map(close, gradient(f, z, y) + second(f, z, y), first + twice))
         assert close(torch.func.grad(f)(z.detach(), y), first[1])
+
+
+WITHOUT = """
+import torch
+for name in ('_softmax_backward_data', '_log_softmax_backward_data'):
+    delattr(torch, name)
+functorch = torch._C._functorch
+del functorch.is_legacy_batchedtensor
+for name in REMOVED:
+    delattr(torch._C, name)
+from complement_objectives import losses
+from complement_objectives.losses import base, closed_form
+assert closed_form._many(None) and base._transformed() == bool(REMOVED)
+z = torch.linspace(-3, 3, 24).double().reshape(4, 6).requires_grad_()
+y = torch.tensor([0, 5, 2, 2])
+for f in (
+    losses.complement_entropy_loss,
+    losses.guided_complement_entropy,
+    losses.reverse_cross_entropy,
+):
+    print(*torch.autograd.grad(f(z, y), z)[0].flatten().tolist())
+"""
+
+
+@pytest.mark.parametrize('removed', [[], ['_are_functorch_transforms_active']])
+def test_a_torch_without_private_functions(removed):
+    "In a process of its own, where they are gone before the losses are imported."
+    script = WITHOUT.replace('REMOVED', repr(removed))
+    run = [sys.executable, '-W', 'ignore', '-c', script]
+    out = subprocess.run(run, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    z = torch.linspace(-3, 3, 24).double().reshape(4, 6).requires_grad_()
+    y = torch.tensor([0, 5, 2, 2])
+    for f, line in zip(
+        (
+            L.complement_entropy_loss,
+            L.guided_complement_entropy,
+            L.reverse_cross_entropy,
+        ),
+        out.stdout.splitlines(),
+        strict=True,
+    ):
+        got = torch.tensor([float(v) for v in line.split()], dtype=torch.float64)
+        assert torch.allclose(got, gradient(f, z, y)[1].flatten(), atol=1e-12)
 
 
 COMPILED = ['complement_entropy_loss', 'guided_complement_entropy', 'cross-entropy']
@@ -737,3 +785,68 @@ def test_compiled(name):
     for wrong in (K, -1):
         with pytest.raises(RuntimeError, match='out of bounds'):
             compiled(z, torch.full_like(y, wrong))
+
+
+# ---- modules ---------------------------------------------------------------------------------------------------------
+
+CLASSES = [
+    cls
+    for cls in vars(losses).values()
+    if inspect.isclass(cls) and issubclass(cls, losses.RowLoss)
+]
+
+
+def test_every_class_is_listed_and_says_whether_it_is_reverse():
+    made = {make().__class__ for make in MODULES.values()}
+    assert made == set(CLASSES) - {losses.RowLoss}
+    assert [c for c in CLASSES if c.reverse] == [L.ReverseCrossEntropyLoss]
+    assert not any(c.negated for c in CLASSES)
+
+
+@each_module
+def test_settings_repr_and_pickle(make):
+    loss = make(weight=torch.ones(K).double(), ignore_index=-1, reduction='sum')
+    parameters = inspect.signature(type(loss)).parameters
+    assert set(loss.settings()) == set(parameters)
+    assert all(name in parameters for name in loss.ranges)
+    assert all(f'{name}=' in repr(loss) for name in parameters)
+    (z, y), again = batch(), pickle.loads(pickle.dumps(loss))
+    assert (
+        torch.equal(again(z, y), loss(z, y))
+        and again.settings().keys() == parameters.keys()
+    )
+    with pytest.raises(TypeError, match='unknown'):
+        make(unknown=1)
+
+
+@each_module
+def test_ranges_are_kept_by_the_classes(make):
+    for name, numbers in make().ranges.items():
+        for value in (numbers.low - 1, numbers.high + 1, math.inf, math.nan):
+            with pytest.raises(ValueError, match=f'^{name} must be '):
+                type(make())(**{**make().settings(), name: value})
+
+
+def test_a_loss_of_ones_own():
+    class Plain(losses.RowLoss):
+        def rows(self, z, t):
+            return -z.log_softmax(1).gather(1, t[:, None]).squeeze(1)
+
+    (z, y), w = batch(), torch.rand(K).double() + 0.5
+    y[3] = -100
+    for reduction in ('mean', 'sum', 'none'):
+        ours = Plain(w, reduction=reduction)(z, y)
+        assert torch.allclose(ours, F.cross_entropy(z, y, w, reduction=reduction))
+    assert torch.allclose(
+        second(Plain(), z, y)[1], second(FUNCTIONS['cross-entropy'], z, y)[1]
+    )
+    with pytest.raises(NotImplementedError, match='rows'):
+        losses.RowLoss()(z, y)
+
+
+def test_what_the_package_loads():
+    script = "import sys, complement_objectives.losses; print(*{'fastai', 'matplotlib', 'pandas', 'foolbox'} & set(sys.modules))"
+    run = [sys.executable, '-c', script]
+    assert not subprocess.run(
+        run, capture_output=True, text=True, check=True
+    ).stdout.split()

@@ -5,12 +5,16 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/01_losses.ipynb #loss0003
+# %% ../../nbs/01_losses.ipynb #4880d700
+from . import base
 from . import objectives
 from . import relatives
+from .base import *
 from .objectives import *
 from .relatives import *
 
-# %% ../../nbs/01_losses.ipynb #loss0004
+# %% ../../nbs/01_losses.ipynb #ecc50786
+#| eval: false
+__all__ += base.__all__
 __all__ += objectives.__all__
 __all__ += relatives.__all__

@@ -7,11 +7,10 @@ __all__ = ['Attached', 'class_axis', 'ignored_index', 'flattened', 'conceals', '
 
 # %% ../../nbs/07a_learners.ipynb #6a604b48
 from fastai.callback.core import Callback
-from fastai.callback.schedule import LRFinder
 from fastai.learner import Learner
-from fastcore.basics import patch
 from torch import Tensor
 
+from ..losses import lr_find  # noqa: F401, for losses below 0
 from ..losses.objectives import ReverseCrossEntropyLoss
 
 # %% ../../nbs/07a_learners.ipynb #32d7bea0
@@ -93,14 +92,3 @@ def as_predicted(
     for cb in learn.ordered_cbs('after_pred') if cbs is None else cbs:
         cb('after_pred')
     return learn.pred
-
-# %% ../../nbs/07a_learners.ipynb #6c5cf2c8
-_fastai_after_batch = LRFinder.after_batch
-
-# %% ../../nbs/07a_learners.ipynb #34006881
-@patch
-def after_batch(self: LRFinder):
-    "Record this batch, and perhaps stop: fastai's rule, for losses that are not below 0."
-    if self.smooth_loss < 0:
-        self.stop_div = False
-    _fastai_after_batch(self)
