@@ -1,13 +1,16 @@
 #!/usr/bin/env python
-"""Kernel density of 10,000 queries against 10 classes of 6,000 points: `KernelDensity` against scikit-learn and `torch.cdist`.
+"""Kernel density: `KernelDensity` against scikit-learn and `torch.cdist`.
 
     python benchmarks/detection.py [--threads 2] [--repeats 3] [--skip-sklearn]
 
-Points are Gaussian clusters in 64 dimensions, and the bandwidth is the one that `KernelDensity.fit` selects. Each query is compared
-with all 10 classes (`log_densities`), and then, as the detector does, with the 6,000 points of its predicted class only. Printed
-are seconds (median of the repeats, each kind in a process of its own; scikit-learn's tree, single-threaded by nature, on a
-tenth of the queries, times ten), the largest relative error of the log-densities against float64, the resident memory that a call
-adds at its peak beside the bound that was asked for (queries and results come on top of the bound), and the seconds
+10,000 queries against 10 classes of 6,000 points, Gaussian clusters in 64 dimensions;
+the bandwidth is the one that `KernelDensity.fit` selects. Each query is compared with
+all 10 classes (`log_densities`), and then, as the detector does, with the 6,000
+points of its predicted class only. Printed are seconds (median of the repeats, each
+kind in a process of its own; scikit-learn's tree, single-threaded by nature, on a
+tenth of the queries, times ten), the largest relative error of the log-densities
+against float64, the resident memory that a call adds at its peak beside the bound
+that was asked for (queries and results come on top of the bound), and the seconds
 against the numbers of queries and of points.
 """
 
@@ -18,33 +21,30 @@ from statistics import median
 import pandas as pd
 import sklearn.neighbors
 import torch
+from sklearn.base import clone
 
 from complement_objectives.detection import KernelDensity
 
 CLASSES, DIMENSIONS = 10, 64
-GIVE_BACK = dict(
-    MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536'
-)  # glibc: return freed memory at once, so that peaks can be seen
+# glibc: return freed memory at once, so that peaks can be seen
+GIVE_BACK = dict(MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536')
 
 
 def problem(queries, points):
-    "Training vectors with labels, and queries with predicted classes; queries are a little off their cluster."
+    """Training vectors with labels, and queries with predicted classes.
+
+    Queries are a little off their cluster."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
     middles = normal(CLASSES, DIMENSIONS) * 2
-    labels, classes = (
-        torch.arange(CLASSES).repeat_interleave(points),
-        torch.randint(CLASSES, (queries,), generator=generator),
-    )
-    return (
-        middles[labels] + normal(len(labels), DIMENSIONS),
-        labels,
-        middles[classes] + 1.3 * normal(queries, DIMENSIONS),
-        classes,
-    )
+    labels = torch.arange(CLASSES).repeat_interleave(points)
+    classes = torch.randint(CLASSES, (queries,), generator=generator)
+    x = middles[labels] + normal(len(labels), DIMENSIONS)
+    z = middles[classes] + 1.3 * normal(queries, DIMENSIONS)
+    return x, labels, z, classes
 
 
 def by_class(f, z, classes, dtype):
@@ -58,23 +58,20 @@ def by_class(f, z, classes, dtype):
 
 def cdist_density(z, points, sigma2):
     "The formula as one would write it."
-    return torch.logsumexp(-(torch.cdist(z, points) ** 2) / sigma2, 1) - math.log(
-        len(points)
-    )
+    exponents = -(torch.cdist(z, points) ** 2) / sigma2
+    return torch.logsumexp(exponents, 1) - math.log(len(points))
 
 
 def tree_density(z, tree, sigma2):
-    return torch.from_numpy(
-        tree.score_samples(z.numpy()) + DIMENSIONS / 2 * math.log(math.pi * sigma2)
-    )
+    normalizer = DIMENSIONS / 2 * math.log(math.pi * sigma2)
+    return torch.from_numpy(tree.score_samples(z.numpy()) + normalizer)
 
 
 def in_float64(x, labels, z, classes, sigma2):
     def one(q, c):  # differences first: nothing cancels
         points = x[labels == c].double()
-        d2 = torch.cat(
-            [(part[:, None] - points).square().sum(2) for part in q.double().split(50)]
-        )
+        parts = q.double().split(50)
+        d2 = torch.cat([(part[:, None] - points).square().sum(2) for part in parts])
         return torch.logsumexp(-d2 / sigma2, 1) - math.log(len(points))
 
     return by_class(one, z, classes, torch.float64)
@@ -90,14 +87,9 @@ def peak_bytes(f):
     "Resident memory at its peak during `f()`, beyond what there was before (Linux)."
 
     def status(key):
-        return (
-            next(
-                int(l.split()[1])
-                for l in Path('/proc/self/status').read_text().splitlines()
-                if l.startswith(key)
-            )
-            * 1024
-        )
+        for line in Path('/proc/self/status').read_text().splitlines():
+            if line.startswith(key):
+                return int(line.split()[1]) * 1024
 
     Path('/proc/self/clear_refs').write_text('5')
     before = status('VmRSS')
@@ -106,24 +98,20 @@ def peak_bytes(f):
 
 
 def timed(kind, args):
-    "Seconds of `kind`, in this process: 'KernelDensity', 'torch.cdist' or 'scikit-learn', a slash, 'predicted' or 'all' classes."
+    """Seconds of `kind`, in this process.
+
+    'KernelDensity', 'torch.cdist' or 'scikit-learn', a slash, 'predicted' or 'all'."""
     kind, which = kind.split('/')
     x, labels, z, classes = problem(args.queries, args.points)
     density = KernelDensity(max_points=None).fit(x, labels)
     sigma2, sets = density.sigma2_.item(), [x[labels == c] for c in range(CLASSES)]
     if kind == 'scikit-learn':
         z, classes = z[: len(z) // args.fewer], classes[: len(z) // args.fewer]
-        sets = [
-            sklearn.neighbors.KernelDensity(bandwidth=(sigma2 / 2) ** 0.5).fit(
-                points.numpy()
-            )
-            for points in sets
-        ]
-    one, dtype = (
-        (cdist_density, torch.float32)
-        if kind == 'torch.cdist'
-        else (tree_density, torch.float64)
-    )
+        tree = sklearn.neighbors.KernelDensity(bandwidth=(sigma2 / 2) ** 0.5)
+        sets = [clone(tree).fit(points.numpy()) for points in sets]
+        one, dtype = tree_density, torch.float64
+    else:
+        one, dtype = cdist_density, torch.float32
 
     def others():
         if which == 'all':
@@ -131,11 +119,9 @@ def timed(kind, args):
         return by_class(lambda q, c: one(q, sets[c], sigma2), z, classes, dtype)
 
     def ours():
-        return (
-            density.log_densities(z)
-            if which == 'all'
-            else density.log_density(z, classes)
-        )
+        if which == 'all':
+            return density.log_densities(z)
+        return density.log_density(z, classes)
 
     f = ours if kind == 'KernelDensity' else others
     if kind == 'scikit-learn':
@@ -145,13 +131,14 @@ def timed(kind, args):
     if which == 'all':
         values = values.gather(1, classes[:, None])[:, 0]
     truth = in_float64(x, labels, z[:n], classes[:n], sigma2)
-    return dict(
-        seconds=median(times), error=(values[:n] / truth - 1).abs().max().item()
-    )
+    error = (values[:n] / truth - 1).abs().max().item()
+    return dict(seconds=median(times), error=error)
 
 
 def measured(kind, args):
-    "Bytes that one call takes under a bound of `kind` bytes, forward and with its gradient, in this process."
+    """Bytes that one call takes under a bound of `kind` bytes, in this process.
+
+    Forward, and with its gradient."""
     x, labels, z, classes = problem(args.queries, args.points)
     density = KernelDensity(1.0, max_points=None, max_memory=int(kind)).fit(x, labels)
 
@@ -168,32 +155,29 @@ def measured(kind, args):
     )
 
 
-def in_process(kind, args, env={}):
+def in_process(kind, args, env=None):
     "One measurement in a process of its own."
     command = [sys.executable, '-W', 'ignore', __file__, '--measure', kind]
     for name in ('queries', 'points', 'checked', 'threads', 'repeats', 'fewer'):
         command += [f'--{name}', str(getattr(args, name))]
-    return json.loads(
-        subprocess.run(
-            command, env=os.environ | env, check=True, capture_output=True, text=True
-        ).stdout
-    )
+    env = os.environ | (env or {})
+    done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
 
 
 def speed(args):
     for which in ('all', 'predicted'):
-        kinds = ['KernelDensity', 'torch.cdist'] + (
-            [] if args.skip_sklearn else ['scikit-learn']
-        )
+        kinds = ['KernelDensity', 'torch.cdist']
+        if not args.skip_sklearn:
+            kinds.append('scikit-learn')
         results = {kind: in_process(f'{kind}/{which}', args) for kind in kinds}
+        ours = results['KernelDensity']['seconds']
         for kind, result in results.items():
             yield {
                 'classes': which,
                 'what': kind,
                 'seconds': round(result['seconds'], 3),
-                'times ours': round(
-                    result['seconds'] / results['KernelDensity']['seconds'], 1
-                ),
+                'times ours': round(result['seconds'] / ours, 1),
                 'relative error': f'{result["error"]:.1e}' if 'error' in result else '',
             }
 
@@ -257,18 +241,13 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.measure:
-        return print(
-            json.dumps(
-                (measured if args.measure.isdigit() else timed)(args.measure, args)
-            )
-        )
+        measure = measured if args.measure.isdigit() else timed
+        print(json.dumps(measure(args.measure, args)))
+        return
     for part in (speed, memory, growth):
         if args.only in (None, part.__name__):
-            print(
-                pd.DataFrame(list(part(args))).to_string(index=False),
-                end='\n\n',
-                flush=True,
-            )
+            table = pd.DataFrame(list(part(args)))
+            print(table.to_string(index=False), end='\n\n', flush=True)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,6 @@
-"""Detectors, thresholds and the reject option on inputs that are hard: each expected value is written out or computed another way."""
+"""Detectors, thresholds and the reject option on inputs that are hard.
+
+Each expected value is written out or computed another way."""
 
 import json, math, warnings
 
@@ -7,52 +9,49 @@ import pytest
 import torch
 from scipy import stats
 from sklearn.base import clone
-from sklearn.metrics import roc_auc_score
+from sklearn.exceptions import NotFittedError
+from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from complement_objectives.core import InputError
-from complement_objectives.detection.density import (
-    bandwidth_sweep,
-    log_kernel_density,
-    select_sigma2,
-)
 from complement_objectives.detection import (
     DETECTORS,
+    NOT_SURE,
     Confidence,
     Detector,
+    DetectorRow,
     Energy,
     KernelDensity,
     Mahalanobis,
-    MaxLogit,
-    NearestNeighbors,
-    NonMaxEntropy,
-    auroc,
-    confidence,
-    create_detector,
-    log_odds,
-    non_max_entropy,
-    roc,
-)
-from complement_objectives.models import Classifier, ReverseLogits, create_model
-from complement_objectives.detection.reject import (
-    NOT_SURE,
     NamedLayer,
+    NearestNeighbors,
     RejectOption,
     RobustClassifier,
+    auroc,
+    bandwidth_sweep,
+    confidence,
     coverage,
+    create_detector,
     detection_metrics,
     export_robust,
-    load_robust,
     fpr_at_tpr,
+    load_robust,
+    log_kernel_density,
+    log_odds,
+    non_max_entropy,
     risk_coverage,
+    roc,
     save_robust,
+    select_sigma2,
     selective_accuracy,
     threshold_at,
     tpr_at_fpr,
 )
+from complement_objectives.detection.scores import _non_maximal
+from complement_objectives.models import ReverseLogits, create_model
 
 torch.set_num_threads(1)
 LOGITS = [name for name, kind in DETECTORS.items() if kind.reads == 'logits']
@@ -83,10 +82,10 @@ def density(z, points, sigma2):
     return torch.logsumexp(-squared(z, points) / sigma2, 1) - math.log(len(points))
 
 
-# ---- kernel density -------------------------------------------------------------------------------------------------
+# ---- kernel density ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('far', [1e2, 1e4, 1e5])
+@pytest.mark.parametrize('far', [1e2, 1e4, 1e5, 1e7, 1e8])
 def test_density_of_far_modes(far):
     points, which = clusters(60, 2, 16, far=far)
     points, query = points.float(), (points[::3] + 0.3).float()
@@ -104,8 +103,45 @@ def test_density_of_far_modes(far):
     torch.testing.assert_close(both.double(), true, rtol=1e-3, atol=1e-2)
 
 
-def test_density_of_far_modes_has_the_right_slope():
-    points, _ = clusters(30, 2, 8, far=1e4)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('memory', [None, 1000])
+def test_density_of_modes_too_far_apart_for_float64(dtype, memory):
+    points, _ = clusters(60, 2, 16, far=1e8)
+    points, query = points.to(dtype), (points[::3] + 0.3).to(dtype)
+    found = log_kernel_density(query, points, 1.0, max_memory=memory)
+    torch.testing.assert_close(
+        found.double(), density(query, points, 1.0), rtol=1e-5, atol=1e-4
+    )
+    query = query[:2].double().requires_grad_()
+    slope = torch.autograd.grad(
+        log_kernel_density(query, points.double(), 1.0).sum(), query, create_graph=True
+    )[0]
+    again = torch.autograd.grad(
+        log_kernel_density(query, points.double(), 1.0).sum(), query
+    )[0]
+    right = torch.autograd.grad(density_of(query, points).sum(), query)[0]
+    for s in (slope, again):
+        torch.testing.assert_close(s, right, rtol=1e-6, atol=1e-6)
+
+
+def density_of(query, points):  # differentiable
+    d2 = (query[:, None] - points.double()).square().sum(2)
+    return torch.logsumexp(-d2, 1)
+
+
+@pytest.mark.parametrize('dtype', [None, 'float32'])
+def test_an_origin_far_away_does_not_matter(dtype):
+    points, labels = clusters(40, 3, 6)
+    query = points[::4] + 0.3
+    here = KernelDensity(1.0).fit(points, labels).log_density(query, labels[::4])
+    there = KernelDensity(1.0, dtype=dtype).fit(points + 1e8, labels)
+    found = there.log_density(query + 1e8, labels[::4])
+    torch.testing.assert_close(found.double(), here, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('far', [1e4, 1e8])
+def test_density_of_far_modes_has_the_right_slope(far):
+    points, _ = clusters(30, 2, 8, far=far)
     query = (points[:5].float() + 0.5).requires_grad_()
     true = query.detach().double().requires_grad_()
     (slope,) = torch.autograd.grad(
@@ -207,7 +243,7 @@ def test_a_collapsed_class_leaves_the_bandwidth_to_the_others():
     assert KernelDensity().fit(*whole)(*whole).isfinite().all()
 
 
-# ---- Mahalanobis and nearest neighbors -----------------------------------------------------------------------------
+# ---- Mahalanobis and nearest neighbors -----------------------------------------------
 
 
 class Largest(TorchDispatchMode):
@@ -304,7 +340,7 @@ def test_neighbors_of_an_older_file():
     )
 
 
-# ---- thresholds and AUC ---------------------------------------------------------------------------------------------
+# ---- thresholds and AUC --------------------------------------------------------------
 
 
 @pytest.mark.parametrize('n', [19, 99, 1000])
@@ -382,7 +418,7 @@ def test_auc_of_separated_scores_is_exactly_one(n):
     )
 
 
-# ---- intervals ------------------------------------------------------------------------------------------------------
+# ---- intervals -----------------------------------------------------------------------
 
 
 def two_bells(rng, n, m, apart, pairs):
@@ -488,7 +524,7 @@ def test_metrics_take_scores_of_any_type_and_shape():
         detection_metrics(a, b, level=95)
 
 
-# ---- NaN, infinities, types -----------------------------------------------------------------------------------------
+# ---- NaN, infinities, types ----------------------------------------------------------
 
 
 def fitted_options():
@@ -527,6 +563,13 @@ def test_a_masked_class_takes_no_part(name):
     torch.testing.assert_close(
         create_detector(name)(None, masked), create_detector(name)(None, logits)
     )
+
+
+def test_all_logits_but_one_largest():
+    for logits, rest in (([3.0, 1.0, 2.0], [1.0, 2.0]), ([2.0, 2.0, 0.0], [0.0, 2.0])):
+        assert _non_maximal([logits]).sort().values.tolist() == [rest]
+    with pytest.raises(InputError, match='two classes or more'):
+        _non_maximal(torch.zeros(4, 1))
 
 
 def test_entropy_with_one_class_left():
@@ -704,7 +747,7 @@ def test_images_that_nothing_can_be_learned_from(name):
     assert robust(x)[0].shape == (80,)
 
 
-# ---- scikit-learn ---------------------------------------------------------------------------------------------------
+# ---- scikit-learn --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name', DETECTORS)
@@ -755,7 +798,88 @@ def test_clone_and_parameters(detector):
         twin.set_params(nonsense=1)
 
 
-# ---- pixels ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('name', DETECTORS)
+def test_scikit_learns_names(name):
+    z, labels = clusters()
+    detector = DETECTORS[name]()
+    assert detector.fit(z, labels) is detector
+    samples = detector.score_samples(z)
+    assert isinstance(samples, torch.Tensor) and samples.shape == (len(z),)
+    assert (detector.decision_function(z) == samples - detector.offset_).all()
+    assert detector.offset_ == 0 and not hasattr(detector, 'predict')
+
+
+# ---- the registry --------------------------------------------------------------------
+
+
+class Length(Detector):
+    title, learned = 'length', ('usual_',)
+
+    def fit(self, hidden, labels=None, seed=0):
+        return self.keep(usual_=hidden.norm(dim=1).mean())
+
+    def raw_scores(self, hidden, logits):
+        return -(hidden.norm(dim=1) - self.usual_).abs()
+
+
+def test_a_detector_of_ones_own_is_known_saved_and_exported(tmp_path, monkeypatch):
+    robust, _, _ = small_robust()
+    robust = RobustClassifier(robust.model, Length())
+    with pytest.raises(InputError, match='Length is none of `DETECTORS`'):
+        save_robust(robust, None, tmp_path)
+    monkeypatch.setitem(DETECTORS, 'length', DetectorRow(Length))
+    assert DETECTORS['length'].title == 'length' and 'length' in DETECTORS
+    with pytest.raises(InputError, match='did you mean length'):
+        create_detector('lenght')
+    robust, x, _ = small_robust('length')
+    again, header = load_robust(save_robust(robust, None, tmp_path), model=Small())
+    graph = export_robust(robust, x[:3]).module()
+    with torch.no_grad():
+        answers = robust(x)[0].tolist()
+        assert again(x)[0].tolist() == graph(x)[0].tolist() == answers
+    assert header['detector']['name'] == 'length'
+
+
+@pytest.mark.parametrize('name', DETECTORS)
+def test_rows_say_what_the_detector_takes(name):
+    row = DETECTORS[name]
+    assert isinstance(row(), row.build) and row.parameters() == row().settings
+    assert row.ranges.keys() == row.parameters().keys()
+    assert (row.title, row.reads) == (row.build.title, row.build.reads)
+    with pytest.raises(InputError, match='unknown parameter'):
+        create_detector(name, nonsense=1)
+
+
+def test_what_is_missing_is_told_in_the_words_of_the_class():
+    x, y = torch.rand(60, 1, 4, 4), torch.arange(60) % 4
+    robust = RobustClassifier(Small(), KernelDensity())
+    for call in (robust, robust.calibrate):
+        with pytest.raises(NotFittedError, match='RobustClassifier is not fitted'):
+            call(x)
+    with pytest.raises(NotFittedError, match='RobustClassifier has no threshold'):
+        robust.fit(x, y)(x)
+    with pytest.raises(NotFittedError, match='RejectOption has no threshold'):
+        RejectOption(Confidence())(None, normal(3, 4))
+
+
+# ---- direction -----------------------------------------------------------------------
+
+
+def test_a_positive_is_an_adversarial_input_that_is_rejected():
+    fine, attacked = [3.0, 4.0, 5.0, 6.0], [1.0, 2.0, 3.5]
+    fpr, tpr = roc(fine, attacked)
+    theirs = roc_curve(
+        [0] * 4 + [1] * 3, [-s for s in fine + attacked], drop_intermediate=False
+    )
+    np.testing.assert_allclose(fpr, theirs[0])
+    np.testing.assert_allclose(tpr, theirs[1])
+    assert tpr_at_fpr(fine, attacked, 0) == pytest.approx(2 / 3)
+    assert fpr_at_tpr(fine, attacked, 1) == pytest.approx(1 / 4)
+    threshold = threshold_at(fine, 0.4)  # rejects less than that share of normal ones
+    assert np.mean(np.array(fine) < threshold) <= 0.4
+
+
+# ---- pixels --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name', LOGITS)
@@ -795,7 +919,7 @@ def test_logits_without_a_class_axis_are_refused(name):
         create_detector(name)(normal(2, 3), None)
 
 
-# ---- a fit that fails -----------------------------------------------------------------------------------------------
+# ---- a fit that fails ----------------------------------------------------------------
 
 
 class Interrupt(TorchDispatchMode):
@@ -894,7 +1018,7 @@ def test_a_threshold_that_was_given_outlives_a_fit():
     assert robust.option.threshold_ == -5
 
 
-# ---- a network by the name of a layer -------------------------------------------------------------------------------
+# ---- a network by the name of a layer ------------------------------------------------
 
 
 class Two(nn.Module):
@@ -996,7 +1120,7 @@ def test_a_named_layer_through_file_and_graph(name, reverse, tmp_path):
         load_robust(tmp_path, model=nn.Linear(2, 2))
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------
 
 NETWORK = dict(name='digits_cnn', n_classes=4)
 

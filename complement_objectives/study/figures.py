@@ -73,7 +73,10 @@ def plot_roc(
             ax.plot([], [], label=f'{name} (–)')
     ax.plot([0, 1], [0, 1], color='gray', lw=0.8, ls=':')
     ax.set(
-        title=title, xlabel='adversarial let in', ylabel='normal let in', aspect='equal'
+        title=title,
+        xlabel='FPR (normal rejected)',
+        ylabel='TPR (adversarial rejected)',
+        aspect='equal',
     )
     ax.legend(loc='lower right', title='AUC')
     return ax
