@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from complement_objectives.core import (
     InputError,
-    _plain,
+    json_default,
     atomic_write,
     load_json,
     save_json,
@@ -35,7 +35,7 @@ def save_tensors(
 
     The file holds a checksum over the tensors and the header."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    header = json.loads(json.dumps({} if header is None else header, default=_plain))
+    header = json.loads(json.dumps({} if header is None else header, default=json_default))
     # one entry: safetensors puts several in any order
     sealed = json.dumps(dict(sha256=_digest(header, tensors), header=header))
     with atomic_write(path) as temporary:
@@ -116,7 +116,7 @@ def save_classifier(
     reverse = isinstance(model, ReverseLogits)
     state = (model.model if reverse else model).state_dict()
     _check_names(info, tensors or {})
-    info = json.loads(json.dumps(info, default=_plain))
+    info = json.loads(json.dumps(info, default=json_default))
     unfit = state_mismatch(state, _without_weights(network, 'cannot save'))
     if unfit:
         raise InputError(
@@ -132,7 +132,7 @@ def save_classifier(
         weights_sha256=_sha256(folder / 'model.safetensors'),
         versions=software_versions(),
     )
-    header = json.loads(json.dumps(header, default=_plain)) | info
+    header = json.loads(json.dumps(header, default=json_default)) | info
     save_json(header | dict(header_sha256=_seal(header)), folder / 'model.json')
     return folder
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from complement_objectives.core import (
     InputError,
-    _plain,
+    json_default,
     load_json,
     save_json,
     software_versions,
@@ -50,7 +50,7 @@ _WRITTEN_HERE = {  # entries of the header that are not the caller's
 def _through_json(header):
     "The header as JSON will give it back."
     try:
-        return json.loads(json.dumps(header, default=_plain))
+        return json.loads(json.dumps(header, default=json_default))
     except (TypeError, ValueError) as e:
         raise InputError(f'the header cannot be written as JSON: {e}') from None
 
