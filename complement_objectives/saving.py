@@ -35,7 +35,7 @@ def save_tensors(
 
     The file holds a checksum over the tensors and the header."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    header = json.loads(json.dumps({} if header is None else header, default=json_default))
+    header = json.loads(json.dumps(header or {}, default=json_default))
     # one entry: safetensors puts several in any order
     sealed = json.dumps(dict(sha256=_digest(header, tensors), header=header))
     with atomic_write(path) as temporary:
