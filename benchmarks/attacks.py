@@ -1,23 +1,37 @@
 #!/usr/bin/env python
-"""Time, success and distance of the attacks beside those of foolbox, torchattacks and ART.
+"""Time, success and distance of the attacks beside other libraries'.
 
-    python benchmarks/attacks.py [--family gradient] [--network lenet5] [--images 256] [--threads 2] [--rounds 1.0] [--out FILE.csv]
+    python benchmarks/attacks.py [--family gradient] [--network lenet5]
+        [--images 256] [--threads 2] [--rounds 1.0] [--out FILE.csv]
 
-Same network, same images, same radius and steps. Each round runs every library once, in turn, so that a busy machine slows all of
-them alike. The ratio is a library's time over ours, of the medians and (after the slash) of the fastest runs: above 1 we are faster.
-"with success" is the call that also tests the result; torchattacks and ART only return images, so they are compared with ours that
-does the same. Peers that are not installed are printed as absent. The network is trained on the spot: on MNIST or CIFAR-10 from the
+The others are foolbox, torchattacks and ART. Same network, same images, same radius
+and steps. Each round runs every library once, in turn, so that a busy machine slows
+all of them alike. The ratio is a library's time over ours, of the medians and (after
+the slash) of the fastest runs: above 1 we are faster.
+
+"with success" is the call that also tests the result; torchattacks and ART only return
+images, so they are compared with ours that does the same. Peers that are not installed
+are printed as absent. The network is trained on the spot: on MNIST or CIFAR-10 from the
 data folder, or on scikit-learn's digits, enlarged, where there is none.
 """
 
-import argparse, importlib, sys, time, warnings
+import argparse
+import importlib
+import sys
+import time
+import warnings
 from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import foolbox as fb, pandas as pd, torch, torch.nn.functional as F
+import foolbox as fb
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from complement_objectives import attacks
 from complement_objectives.core import InputError
-from complement_objectives.data import digits, load_data
+from complement_objectives.data import load_data
 from complement_objectives.models import cifar_resnet, lenet5
 
 NETWORKS = dict(
@@ -42,23 +56,20 @@ def images(name):
         data = load_data(name)
     except (InputError, OSError):
         print(f'{name} is not here: enlarged digits instead')
-        data = digits()
+        data = load_data('digits')
+    size, channels = (32, 3) if name == 'cifar10' else (28, 1)
 
     def pixels(x):
         x = data.pixels(x)
-        return (
-            x
-            if x.shape[-1] > 8
-            else F.interpolate(x, (32, 32) if name == 'cifar10' else (28, 28)).expand(
-                -1, 3 if name == 'cifar10' else 1, -1, -1
-            )
-        )
+        if x.shape[-1] > 8:
+            return x
+        return F.interpolate(x, (size, size)).expand(-1, channels, -1, -1)
 
     return pixels, data
 
 
 def trained(network, n):
-    "A network, `n` test images it gets right, their classes, and the radius to attack at."
+    "A network, `n` test images it gets right, their classes, and the radius."
     name, make, n_train, epochs, eps = NETWORKS[network]
     pixels, data = images(name)
     x, y = pixels(data.train_x[:n_train]), data.train_y[:n_train]
@@ -74,8 +85,10 @@ def trained(network, n):
     x, y = pixels(data.test_x[: 4 * n]).contiguous(), data.test_y[: 4 * n]
     with torch.no_grad():
         right = net(x).argmax(1) == y
+    share, attacked = 100 * right.float().mean(), min(n, int(right.sum()))
     print(
-        f'{network}: {100 * right.float().mean():.1f} % of {len(x)} test images right, {min(n, int(right.sum()))} of those attacked'
+        f'{network}: {share:.1f} % of {len(x)} test images right, '
+        f'{attacked} of those attacked'
     )
     return net, x[right][:n].clone(), y[right][:n].clone(), eps
 
@@ -96,7 +109,7 @@ def times(fs, rounds, limit=100):
 def compare(
     name, fs, net, x, y, p, rounds, ours='ours', hit=lambda found, y: found != y
 ):
-    "One attack: a line for each library. `fs` maps library → function returning images, or None where it is absent."
+    "One attack, a line a library: `fs` maps it to what returns images, or to None."
     here = {k: f for k, f in fs.items() if f}
     made = {k: f().detach() for k, f in here.items()}
     ts = times(here, rounds)
@@ -107,74 +120,70 @@ def compare(
         with torch.no_grad():
             fooled = hit(net(made[k]).argmax(1), y)
         size = (made[k] - x).flatten(1).norm(p, dim=1)[fooled]
-        ratio = (
-            f'{median(ts[k]) / median(ts[ours]):.2f} / {min(ts[k]) / min(ts[ours]):.2f}'
-        )
+        middle, share = median(ts[k]), fooled.double().mean().item()
+        distance = size.median().item() if len(size) else None
+        by_median, by_min = middle / median(ts[ours]), min(ts[k]) / min(ts[ours])
         ROWS.append(
             {
                 'attack': name,
                 'library': k,
                 'images': len(x),
-                'time / ours': round(median(ts[k]) / median(ts[ours]), 2),
-                'ms': round(1e3 * median(ts[k]), 1),
-                'success': round(fooled.double().mean().item(), 4),
-                'median distance': round(size.median().item(), 4)
-                if len(size)
-                else None,
+                'time / ours': round(by_median, 2),
+                'ms': round(1e3 * middle, 1),
+                'success': round(share, 4),
+                'median distance': None if distance is None else round(distance, 4),
             }
         )
+        ratio = f'{by_median:.2f} / {by_min:.2f}'
+        far = float('nan') if distance is None else distance
         print(
-            f'{name:>12}  {k:<22} {ratio:>13} {1e3 * median(ts[k]):>9.1f} ms {100 * fooled.float().mean():>8.1f} % {size.median().item() if len(size) else float("nan"):>9.4f}',
+            f'{name:>12}  {k:<22} {ratio:>13} {1e3 * middle:>9.1f} ms '
+            f'{100 * share:>8.1f} % {far:>9.4f}',
             flush=True,
         )
 
 
-def gradient(net, x, y, eps, rounds):
-    "FGSM, BIM-10, PGD-40 and MIM-40. Bounds: no slower than the fastest peer; FGSM, BIM and PGD at least 1.2 times foolbox."
-    from complement_objectives.attacks.gradient import BIM, FGSM, MIM, PGD
+def art_classifier(net, x):
+    "A network as ART wants it."
+    from art.estimators.classification import PyTorchClassifier
 
+    shape, loss = tuple(x.shape[1:]), torch.nn.CrossEntropyLoss()
+    return PyTorchClassifier(
+        net, loss, shape, 10, clip_values=(0, 1), device_type='cpu'
+    )
+
+
+def gradient(net, x, y, eps, rounds):
+    """FGSM, BIM-10, PGD-40 and MIM-40.
+
+    Bounds: no slower than the fastest peer; FGSM, BIM, PGD at least 1.2 times foolbox."""
     ta, art = peer('torchattacks'), peer('art')
     L, fmodel = fb.attacks, fb.PyTorchModel(net, bounds=(0, 1), device='cpu')
     if art:
         from art.attacks import evasion as E
-        from art.estimators.classification import PyTorchClassifier
 
-        classifier = PyTorchClassifier(
-            net,
-            torch.nn.CrossEntropyLoss(),
-            tuple(x.shape[1:]),
-            10,
-            clip_values=(0, 1),
-            device_type='cpu',
-        )
-        one_hot = F.one_hot(y, 10).numpy()
+        classifier, one_hot = art_classifier(net, x), F.one_hot(y, 10).numpy()
 
     def of_art(cls, **kw):
-        return (
-            (
-                lambda: torch.from_numpy(
-                    cls(classifier, eps=eps, batch_size=len(x), **kw).generate(
-                        x.numpy(), one_hot
-                    )
-                )
-            )
-            if art
-            else None
-        )
+        def run():
+            attack = cls(classifier, eps=eps, batch_size=len(x), **kw)
+            return torch.from_numpy(attack.generate(x.numpy(), one_hot))
+
+        return run
 
     def of_ta(cls, **kw):
         return (lambda: getattr(ta, cls)(net, eps=eps, **kw)(x, y)) if ta else None
 
     rows = {
         'FGSM': (
-            FGSM(),
+            attacks.FGSM(),
             L.LinfFastGradientAttack(),
             of_ta('FGSM'),
             art and of_art(E.FastGradientMethod),
             20,
         ),
         'BIM-10': (
-            BIM(),
+            attacks.BIM(),
             L.LinfBasicIterativeAttack(steps=10, rel_stepsize=0.1),
             of_ta('BIM', alpha=eps / 10, steps=10),
             art
@@ -184,7 +193,7 @@ def gradient(net, x, y, eps, rounds):
             8,
         ),
         'PGD-40': (
-            PGD(step_rule='gce-script'),
+            attacks.PGD(step_rule='gce-script'),
             L.LinfPGD(steps=40, rel_stepsize=1 / 30),
             of_ta('PGD', alpha=eps / 30, steps=40),
             art
@@ -198,7 +207,7 @@ def gradient(net, x, y, eps, rounds):
             3,
         ),
         'MIM-40': (
-            MIM(),
+            attacks.MIM(),
             L.LinfMomentumIterativeFastGradientMethod(steps=40, rel_stepsize=1 / 40),
             of_ta('MIFGSM', alpha=eps / 40, steps=40),
             art
@@ -233,20 +242,17 @@ def gradient(net, x, y, eps, rounds):
 
 
 def saliency(net, x, y, eps, rounds):
-    "JSMA, targeted, theta 1, gamma 0.1; the distance is the number of changed features. Bound: at least 20 times the fastest peer."
-    from complement_objectives.attacks.saliency import JSMA
+    """JSMA, targeted, theta 1, gamma 0.1; the distance is the number of changed features.
 
+    Bound: at least 20 times the fastest peer."""
     x, y = x[:48], y[:48]
-    target, ta, art = (
-        (y + 1 + torch.arange(len(y)) % 9) % 10,
-        peer('torchattacks'),
-        peer('art'),
-    )
+    target = (y + 1 + torch.arange(len(y)) % 9) % 10
+    ta, art = peer('torchattacks'), peer('art')
+    towards = fb.criteria.TargetedMisclassification(target)
 
     def mine(**kw):
-        return lambda: JSMA(theta=1.0, gamma=0.1, **kw)(
-            net, x, fb.criteria.TargetedMisclassification(target), epsilons=None
-        )[1]
+        jsma = attacks.JSMA(theta=1.0, gamma=0.1, **kw)
+        return lambda: jsma(net, x, towards, epsilons=None)[1]
 
     fs = {
         'ours': mine(),
@@ -266,23 +272,13 @@ def saliency(net, x, y, eps, rounds):
         fs['torchattacks'] = of_ta
     if art:
         from art.attacks.evasion import SaliencyMapMethod
-        from art.estimators.classification import PyTorchClassifier
 
-        classifier = PyTorchClassifier(
-            net,
-            torch.nn.CrossEntropyLoss(),
-            tuple(x.shape[1:]),
-            10,
-            clip_values=(0, 1),
-            device_type='cpu',
-        )
+        settings = dict(theta=1.0, gamma=0.1, verbose=False)
+        classifier = art_classifier(net, x)
 
         def of_art(n):
-            return lambda: torch.from_numpy(
-                SaliencyMapMethod(
-                    classifier, theta=1.0, gamma=0.1, batch_size=n, verbose=False
-                ).generate(x.numpy(), target.numpy())
-            )
+            attack = SaliencyMapMethod(classifier, batch_size=n, **settings)
+            return lambda: torch.from_numpy(attack.generate(x.numpy(), target.numpy()))
 
         fs |= {'ART': of_art(len(x)), 'ART, default batch': of_art(1)}
     compare(
@@ -298,19 +294,16 @@ def saliency(net, x, y, eps, rounds):
 
 
 def optimization(net, x, y, eps, rounds):
-    "C&W, 9 searches of 1000 steps, untargeted. Bound: at least 3 times foolbox at a median L2 within 1 %, success no lower."
-    from complement_objectives.attacks.carlini_wagner import CarliniWagnerL2
+    """C&W, 9 searches of 1000 steps, untargeted.
 
+    Bound: at least 3 times foolbox at a median L2 within 1 %, success no lower."""
     n = 32 if x.shape[1] == 1 else 12
     x, y, fmodel = x[:n], y[:n], fb.PyTorchModel(net, bounds=(0, 1), device='cpu')
-    theirs, art = (
-        fb.attacks.L2CarliniWagnerAttack(
-            binary_search_steps=9, steps=1000, initial_const=1e-3, stepsize=1e-2
-        ),
-        peer('art'),
+    theirs = fb.attacks.L2CarliniWagnerAttack(
+        binary_search_steps=9, steps=1000, initial_const=1e-3, stepsize=1e-2
     )
     fs = {
-        'ours': lambda: CarliniWagnerL2(binary_search_steps=9, steps=1000)(
+        'ours': lambda: attacks.CarliniWagnerL2(binary_search_steps=9, steps=1000)(
             net, x, y, epsilons=None
         )[1],
         'foolbox': lambda: theirs(
@@ -321,25 +314,29 @@ def optimization(net, x, y, eps, rounds):
 
 
 def audit(net, x, y, eps, rounds):
-    "APGD and Square beside torchattacks'. Bound: no slower, at equal or lower robust accuracy."
-    from complement_objectives.attacks.apgd import APGD, APGDTargeted, Square
+    """APGD and Square beside torchattacks'.
 
+    Bound: no slower, at equal or lower robust accuracy."""
     ta = peer('torchattacks')
     steps, queries, n = (50, 300, 128) if x.shape[1] == 1 else (20, 200, 48)
     x, y = x[:n], y[:n]
     pairs = {
-        'APGD-CE': (APGD(steps=steps), 'APGD', dict(steps=steps, loss='ce')),
+        'APGD-CE': (attacks.APGD(steps=steps), 'APGD', dict(steps=steps, loss='ce')),
         'APGD-DLR': (
-            APGD(steps=steps, loss='dlr'),
+            attacks.APGD(steps=steps, loss='dlr'),
             'APGD',
             dict(steps=steps, loss='dlr'),
         ),
         'APGD-T': (
-            APGDTargeted(steps=steps // 2, n_targets=3),
+            attacks.APGDTargeted(steps=steps // 2, n_targets=3),
             'APGDT',
             dict(steps=steps // 2, n_classes=4),
         ),
-        'Square': (Square(n_queries=queries), 'Square', dict(n_queries=queries)),
+        'Square': (
+            attacks.Square(n_queries=queries),
+            'Square',
+            dict(n_queries=queries),
+        ),
     }
     for name, (mine, cls, kw) in pairs.items():
         fs = {
@@ -379,7 +376,7 @@ def main():
     parser.add_argument('--rounds', type=float, default=1.0)
     parser.add_argument(
         '--out',
-        help='CSV file that gets the rows, in place of older ones for the same network and attacks',
+        help='CSV file that gets the rows, in place of older ones of the same kind',
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -387,7 +384,8 @@ def main():
     net, x, y, eps = trained(args.network, args.images)
     print(f'CPU, {args.threads} threads, torch {torch.__version__}, eps {eps:.4f}')
     print(
-        f'{"attack":>12}  {"library":<22} {"time / ours":>13} {"time":>12} {"success":>10} {"distance":>9}'
+        f'{"attack":>12}  {"library":<22} {"time / ours":>13} {"time":>12} '
+        f'{"success":>10} {"distance":>9}'
     )
     for name in FAMILIES if args.family == 'all' else [args.family]:
         FAMILIES[name](net, x, y, eps, args.rounds)

@@ -1,15 +1,23 @@
 #!/usr/bin/env python
-"""How near the minimal-norm attacks come at an equal number of passes, beside foolbox, torchattacks, ART and adv-lib.
+"""How near the minimal-norm attacks come at an equal number of passes.
 
-    python benchmarks/attacks_minimal.py [--network ce] [--norm l2] [--budgets 200 400 1000 2000] [--only NAME …] [--out FILE.csv]
+Beside foolbox, torchattacks, ART and adv-lib; peers that are not installed are left
+out.
 
-A pass is one image through the network, forwards or backwards; it is counted by the network itself. A run that has used up its passes
-gets zeros from then on. An attack's result on an image is the nearest image that fooled the network, met or returned.
-The measure is the local optimality of AttackBench (Cinà et al. 2024). With ρ(ε) the share of images whose nearest adversarial image lies
-beyond ε, A the area below ρ up to the largest of the best distances, and A* that area for the best distances of all attacks together:
-1 - (A - A*)/(ρ(0)·ε_max - A*); 1 is the best known, 0 an attack that finds nothing.
-64 MNIST images, LeNet-5 trained on the spot with cross-entropy (ce) or reverse cross-entropy (rce). The file gets the distances' optimality
-of all that was run for a network and a norm; those of other networks and norms stay. Peers that are not installed are left out.
+    python benchmarks/attacks_minimal.py [--network ce] [--norm l2]
+        [--budgets 200 400 1000 2000] [--only NAME …] [--out FILE.csv]
+
+A pass is one image through the network, forwards or backwards; it is counted by the
+network itself. A run that has used up its passes gets zeros from then on. An attack's
+result on an image is the nearest image that fooled the network, met or returned.
+The measure is the local optimality of AttackBench (Cinà et al. 2024). With ρ(ε) the
+share of images whose nearest adversarial image lies beyond ε, A the area below ρ up to
+the largest of the best distances, and A* that area for the best distances of all
+attacks together: 1 - (A - A*)/(ρ(0)·ε_max - A*); 1 is the best known, 0 an attack that
+finds nothing.
+64 MNIST images, LeNet-5 trained on the spot with cross-entropy (ce) or reverse
+cross-entropy (rce). The file gets the optimality of all that was run for a network and
+a norm; those of other networks and norms stay.
 """
 
 import argparse, importlib, math, sys, time, types, warnings
@@ -19,15 +27,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import foolbox as fb, pandas as pd, torch, torch.nn.functional as F
 from torch import nn
+from complement_objectives.attacks import DDN, FMN, L2FMN, CarliniWagnerL2, nearest_l2
 from complement_objectives.data import load_data
 from complement_objectives.losses import reverse_cross_entropy
-from complement_objectives.attacks.minimal import DDN, FMN, L2FMN, nearest_l2
 from complement_objectives.models import ReverseLogits, lenet5
-from complement_objectives.attacks.carlini_wagner import CarliniWagnerL2
 
 
 def peer(name):
-    "A module, or None where it is not installed. adv-lib asks for visdom, which only its plots need."
+    "A module, or None where it is not installed. adv-lib's plots ask for visdom."
     sys.modules.setdefault('visdom', types.SimpleNamespace(Visdom=object))
     try:
         return importlib.import_module(name)
@@ -58,7 +65,10 @@ def trained(name, n=64, n_train=10_000, epochs=3):
 
 
 class Metered(nn.Module):
-    "A network that counts its passes an image, keeps the nearest image that fooled it, and answers 0 when the passes are used up."
+    """A network that counts its passes an image and keeps the nearest that fooled it.
+
+    It answers 0 when the passes are used up.
+    """
 
     def __init__(self, net, x, y, p, budget):
         super().__init__()
@@ -102,11 +112,8 @@ def measured(net, x, y, p, attack, budget):
 def optimality(distances, best):
     "AttackBench's local optimality: see above."
     top = best.max()
-    area, least, most = (
-        distances.clamp(max=top).mean(),
-        best.mean(),
-        (best > 0).double().mean() * top,
-    )
+    area, least = distances.clamp(max=top).mean(), best.mean()
+    most = (best > 0).double().mean() * top
     return (1 - (area - least) / (most - least)).item()
 
 
@@ -121,7 +128,10 @@ def ours(attack):
 
 
 def art_classifier(m, x):
-    "ART's classifier, but backwards once where each image has its class: its own goes once for each class in the batch."
+    """ART's classifier, but backwards once where each image has its class.
+
+    Its own goes once for each class in the batch.
+    """
     from art.estimators.classification import PyTorchClassifier
 
     class Once(PyTorchClassifier):
@@ -166,9 +176,8 @@ def l2_ours(s):  # attacks for `s` gradients
     }
 
 
-def l2_foolbox(
-    s,
-):  # EAD looks once more at each step; DeepFool goes forwards and backwards for each of nine classes
+def l2_foolbox(s):
+    "EAD looks once more at each step; DeepFool takes two passes a class, of nine."
     L = fb.attacks
     return {
         'foolbox DDN': of_foolbox(L.DDNAttack(steps=s)),
@@ -211,9 +220,11 @@ def l2_torchattacks(s):
     }
 
 
-def l2_art(
-    s,
-):  # C&W takes about eight passes a step, with its line search, and EAD six; both start at c = 1, as from 0.01 they find next to nothing
+def l2_art(s):
+    """C&W takes about eight passes a step, with its line search, and EAD six.
+
+    Both start at c = 1, as from 0.01 they find next to nothing.
+    """
     if not peer('art'):
         return {}
     few = dict(binary_search_steps=4, initial_const=1.0)
@@ -263,7 +274,7 @@ def main():
     parser.add_argument(
         '--only',
         nargs='+',
-        help='attacks to run; others are taken from the file of distances, if it is there',
+        help='attacks to run; others are taken from the file of distances',
     )
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument(
@@ -273,9 +284,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings('ignore')
-    print(
-        f'CPU, {args.threads} thread{"s"[: args.threads - 1]}, torch {torch.__version__}'
-    )
+    print(f'CPU, {args.threads} threads, torch {torch.__version__}')
     (net, x, y), p = trained(args.network), 2 if args.norm == 'l2' else math.inf
     kept = Path(args.distances) if args.distances else None
     found = torch.load(kept) if kept and kept.exists() else {}
@@ -285,10 +294,9 @@ def main():
                 continue
             distances, passes, seconds = measured(net, x, y, p, attack, budget)
             found[name, budget] = distances, passes, seconds
-            print(
-                f'{budget:>6} {name:<28} {passes:>7.1f} passes {seconds:>6.1f} s  median {distances.median().item():.4f}',
-                flush=True,
-            )
+            spent = f'{passes:>7.1f} passes {seconds:>6.1f} s'
+            median = f'median {distances.median().item():.4f}'
+            print(f'{budget:>6} {name:<28} {spent}  {median}', flush=True)
             if kept:
                 torch.save(found, kept)
     best = torch.stack([d for d, *_ in found.values()]).amin(0)

@@ -1,14 +1,21 @@
 #!/usr/bin/env python
-"""Training throughput with `dataloaders` (bytes on the device, augmented there) against torchvision's data sets in fastai's loader.
+"""Training throughput of `dataloaders` against torchvision's data sets.
 
     python benchmarks/loading.py --root FOLDER [--repeats 5] [--device cuda]
 
-Trains LeNet-5 on MNIST and ResNet-20 on CIFAR-10 (padded crops, mirroring) through a fastai `Learner`, the two kinds of loader
-taking turns, and prints training samples per second, median over the repeats, and the ratio. 'loading only' is the same
-pass over the batches without a network. fastai's loader has its default number of worker processes.
+`dataloaders` keep bytes on the device and augment them there; torchvision's data sets
+are read by fastai's loader with its default number of worker processes. Trains LeNet-5
+on MNIST and ResNet-20 on CIFAR-10 (padded crops, mirroring) through a fastai `Learner`,
+the two kinds of loader taking turns, and prints training samples per second, median
+over the repeats, and the ratio. 'loading only' is the same pass over the batches
+without a network.
 """
 
-import argparse, gzip, shutil, tempfile, time
+import argparse
+import gzip
+import shutil
+import tempfile
+import time
 from pathlib import Path
 from statistics import median
 
@@ -24,13 +31,11 @@ from torch.utils.data import Subset
 from torchvision.datasets import CIFAR10, MNIST
 
 from complement_objectives.core import pick_device
-from complement_objectives.data import PadCropFlip, dataloaders, load_data
-from complement_objectives.models import create_model
+from complement_objectives.data import DATASETS, dataloaders, load_data
+from complement_objectives.models import MODELS, create_model
 
-CASES = {
-    'LeNet-5, MNIST': ('mnist', 'lenet5', 12_800, 60_000),
-    'ResNet-20, CIFAR-10': ('cifar10', 'resnet20', 1_280, 50_000),
-}
+CASES = {'mnist': 12_800, 'cifar10': 1_280}  # training images where there is no GPU
+AUGMENTED = {'cifar10'}
 BATCH = 128
 
 
@@ -40,14 +45,10 @@ class NoValidation(Callback):
 
 
 def torchvision_set(name, root, folder):
-    "The training set as torchvision serves it, with the usual transforms; MNIST unpacked into `folder`."
+    "The training set as torchvision serves it; MNIST is unpacked into `folder`."
     if name == 'cifar10':
-        return CIFAR10(
-            root,
-            transform=T.Compose(
-                [T.RandomCrop(32, 4), T.RandomHorizontalFlip(), T.ToTensor()]
-            ),
-        )
+        changes = [T.RandomCrop(32, 4), T.RandomHorizontalFlip(), T.ToTensor()]
+        return CIFAR10(root, transform=T.Compose(changes))
     raw = Path(folder) / 'MNIST' / 'raw'
     raw.mkdir(parents=True)
     for path in (Path(root) / 'MNIST' / 'raw').glob('*.gz'):
@@ -58,17 +59,13 @@ def torchvision_set(name, root, folder):
 
 def loaders(name, n, root, folder, device):
     "Both kinds of `DataLoaders` over the same first `n` training images."
-    theirs, data = (
-        Subset(torchvision_set(name, root, folder), range(n)),
-        load_data(name, root),
-    )
+    theirs = Subset(torchvision_set(name, root, folder), range(n))
+    data = load_data(name, root)
     data.train_x, data.train_y = data.train_x[:n], data.train_y[:n]
-    ours = dataloaders(
-        data, BATCH, device, augment=PadCropFlip() if name == 'cifar10' else None
-    )
+    augment = DATASETS[name].augmentation() if name in AUGMENTED else None
     return {
         'torchvision': DataLoaders.from_dsets(theirs, theirs, bs=BATCH, device=device),
-        'dataloaders': ours,
+        'dataloaders': dataloaders(data, BATCH, device, augment=augment),
     }
 
 
@@ -89,13 +86,10 @@ def compare(runs, n, repeats, device):
     return {kind: n / median(t[1:]) for kind, t in times.items()}
 
 
-def training(dls, name, model):
-    learn = Learner(
-        dls,
-        create_model(model, in_channels=3 if name == 'cifar10' else 1),
-        CrossEntropyLossFlat(),
-        cbs=NoValidation(),
-    )
+def training(dls, name):
+    row = DATASETS[name]
+    model = create_model(row.model, in_channels=row.size[0])
+    learn = Learner(dls, model, CrossEntropyLossFlat(), cbs=NoValidation())
 
     def run():
         with learn.no_bar(), learn.no_logging():
@@ -112,20 +106,18 @@ def loading(dls):
     return run
 
 
-def measure(case, root, repeats, device):
-    name, model, few, every = CASES[case]
-    n = every if device.type == 'cuda' else few
+def measure(name, root, repeats, device):
+    "One line each for training and for loading only."
+    row = DATASETS[name]
+    n = row.n_train if device.type == 'cuda' else CASES[name]
+    kinds = {'training': lambda dls: training(dls, name), 'loading only': loading}
     with tempfile.TemporaryDirectory() as folder:
-        kinds = loaders(name, n, root, folder, device)
-        for what, make in {
-            'training': lambda dls: training(dls, name, model),
-            'loading only': loading,
-        }.items():
-            rates = compare(
-                {kind: make(dls) for kind, dls in kinds.items()}, n, repeats, device
-            )
+        both = loaders(name, n, root, folder, device)
+        for what, make in kinds.items():
+            runs = {kind: make(dls) for kind, dls in both.items()}
+            rates = compare(runs, n, repeats, device)
             yield {
-                'network, data': case,
+                'network, data': f'{MODELS[row.model].title}, {row.title}',
                 'what': what,
                 **{f'{kind} (samples/s)': round(r) for kind, r in rates.items()},
                 'ratio': round(rates['dataloaders'] / rates['torchvision'], 2),
@@ -144,11 +136,10 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = pick_device(args.device)
-    cases = [args.only] if args.only else CASES
-    rows = [
-        row for case in cases for row in measure(case, args.root, args.repeats, device)
-    ]
-    print(pd.DataFrame(rows).to_string(index=False))
+    lines = []
+    for name in [args.only] if args.only else CASES:
+        lines += measure(name, args.root, args.repeats, device)
+    print(pd.DataFrame(lines).to_string(index=False))
 
 
 if __name__ == '__main__':

@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""What an epoch of COT, GCE and RCE costs, as a ratio to an epoch of cross-entropy in the same fastai `Learner`.
+"""What an epoch of COT, GCE and RCE costs, against cross-entropy in the same `Learner`.
 
-    python benchmarks/training.py [--threads 2] [--rounds 15] [--steps 20] [--batch-size 64] [--clock wall] [--device auto]
+    python benchmarks/training.py [--threads 2] [--rounds 15] [--steps 20]
+                                  [--batch-size 64] [--clock wall] [--device auto]
 
-LeNet-5 on random images in MNIST's shape, held in memory as bytes. Each round trains every objective for one epoch of
-`--steps` batches, in turn, so that a busy machine slows all of them alike; a first round is thrown away.
+LeNet-5 on random images in MNIST's shape, held in memory as bytes. Each round trains
+every objective for one epoch of `--steps` batches, in turn, so that a busy machine
+slows all of them alike; a first round is thrown away.
 A ratio is taken in each round; given are the median and, in brackets, the quartiles.
 Bounds: 2.0 for COT (two forward and two backward passes), 1.03 for GCE and RCE.
 """
@@ -19,10 +21,8 @@ warnings.filterwarnings('ignore')
 import torch
 from fastai.basics import Adam, CrossEntropyLossFlat, Learner, SGD
 from fastai.callback.progress import ProgressCallback
-from complement_objectives.training.complement import (
-    ComplementTraining,
-    JointComplementTraining,
-)
+from complement_objectives.training.complement import ComplementTraining
+from complement_objectives.training.complement_control import JointComplementTraining
 from complement_objectives.core import pick_device
 from complement_objectives.data import ImageData, dataloaders
 from complement_objectives.losses import (
@@ -52,10 +52,8 @@ OPTS = {'Adam': partial(Adam, wd=0.0), 'SGD': partial(SGD, mom=0.9)}
 
 def images(n):
     "Random bytes in MNIST's shape."
-    x, y = (
-        torch.randint(256, (n + 64, 1, 28, 28), dtype=torch.uint8),
-        torch.randint(10, (n + 64,)),
-    )
+    x = torch.randint(256, (n + 64, 1, 28, 28), dtype=torch.uint8)
+    y = torch.randint(10, (n + 64,))
     return ImageData('random', x[:n], y[:n], x[n:], y[n:], [str(o) for o in range(10)])
 
 
@@ -89,8 +87,10 @@ def main(args):
     clock = dict(wall=time.perf_counter, cpu=time.process_time)[args.clock]
     data = images(args.steps * args.batch_size)
     print(
-        f'{device}, {args.threads} threads, torch {torch.__version__}, LeNet-5, batches of {args.batch_size}, {args.steps} steps an epoch, '
-        f'{args.rounds} rounds: {args.clock} time of an epoch over that with cross-entropy'
+        f'{device}, {args.threads} threads, torch {torch.__version__}, LeNet-5, '
+        f'batches of {args.batch_size}, {args.steps} steps an epoch, '
+        f'{args.rounds} rounds: '
+        f'{args.clock} time of an epoch over that with cross-entropy'
     )
     print(f'{"":>30} {"bound":>6}  ' + '  '.join(f'{opt:>27}' for opt in OPTS))
     rows = {name: [] for name in ARMS}
@@ -110,9 +110,8 @@ def main(args):
         base = seconds['cross-entropy']
         for name, t in seconds.items():
             low, mid, high = quantiles((a / b for a, b in zip(t, base)), n=4)
-            rows[name].append(
-                f'{median(t) * 1e3 / args.steps:6.2f}ms {mid:5.2f} ({low:.2f}-{high:.2f})'
-            )
+            step = median(t) * 1e3 / args.steps
+            rows[name].append(f'{step:6.2f}ms {mid:5.2f} ({low:.2f}-{high:.2f})')
     for name, cells in rows.items():
         print(
             f'{name:>30} {ARMS[name][2] or "":>6}  '

@@ -12,7 +12,11 @@ from torch import nn
 
 from complement_objectives.attacks import *
 from complement_objectives.attacks import ATTACKS, make_attack
+from complement_objectives.attacks.base import _radii, _settled
+from complement_objectives.attacks.gradient import _in_slices
+from complement_objectives.attacks.saliency import choose_targets
 from complement_objectives.core import InputError
+from complement_objectives.perturbation import check_images, sample_keys
 
 INF = float('inf')
 # few steps, so that the tests are quick; `cw_wb` needs a density and has its own page
@@ -25,7 +29,8 @@ SHORT = dict(
     apgd_t=dict(steps=8, n_targets=2),
     fmn=dict(steps=15),
 )
-NAMES = [name for name in ATTACKS if name != 'cw_wb']
+TRAITS = {name: row.traits for name, row in ATTACKS.items() if not row.needs}
+NAMES = [n for n, t in TRAITS.items() if t['norm'] == 'L∞' or t['radius'] == 'smallest']
 GRADIENT = ['fgsm', 'bim', 'pgd', 'mim', 'ilcm']
 RANGES = [(0, 1), (-1, 1), (0, 255)]
 
@@ -555,7 +560,7 @@ def test_networks_that_work_in_place(name, as_foolbox):
             APGD(steps=8), Affine(net, 0.5, 0.2, inplace=True)
         ),
         'restarts': lambda: PGD(steps=5).repeat(2),
-        'worst case': lambda: worst_case([PGD(steps=5), make('square')]),
+        'worst case': lambda: WorstCase([PGD(steps=5), make('square')]),
     }
     attack = made.get(name, lambda: make(name))()
     tame, wild = (Affine(net, 0.5, 0.2, inplace=i) for i in (False, True))
@@ -657,7 +662,7 @@ def test_repeats_of_repeats_take_new_seeds():
     attack.repeat(3).repeat(2)(net, x, answers(net, x), epsilons=0.01)
     assert heard == [10, 11, 12, 13, 14, 15] and attack.seed == 10
     heard.clear()
-    worst_case([attack, FGSM()]).repeat(2)(net, x, answers(net, x), epsilons=0.001)
+    WorstCase([attack, FGSM()]).repeat(2)(net, x, answers(net, x), epsilons=0.001)
     assert heard == [10, 11]
 
 
@@ -902,9 +907,9 @@ def test_the_average_case_costs_no_more_than_asked_for(n, start, searches, steps
 def test_attacks_within_attacks_are_told_once():
     net, x = Loud(network(torch.float32), 1e4), images(20, torch.float32)
     for attack in (
-        worst_case([FGSM(), PGD(steps=3)]),
-        worst_case([FGSM(), BIM(steps=3)], nearest=True),
-        worst_case([FGSM()]).repeat(2),
+        WorstCase([FGSM(), PGD(steps=3)]),
+        WorstCase([FGSM(), BIM(steps=3)], nearest=True),
+        WorstCase([FGSM()]).repeat(2),
     ):
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter('always')
@@ -935,3 +940,254 @@ def test_foolbox_attacks_do_in_robust_accuracy_what_they_do_alone(attack):
         ] == pytest.approx(1 - alone)
     with pytest.raises(InputError, match='eps is'):
         robust_accuracy(model, x, y, [attack], [eps, eps])
+
+
+# ------------------------------------------------------------------ what the pages leave to the tests
+
+
+def mixed_network():
+    "One layer in evaluation mode, one parameter frozen, one gradient."
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(36, 32),
+        nn.BatchNorm1d(32),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(32, 5),
+    ).train()
+    net[2].eval()
+    net[1].weight.requires_grad_(False)
+    net[5].bias.grad = torch.ones(5)
+    return net
+
+
+def state_of(net):
+    modes = [m.training for m in net.modules()]
+    parameters = [
+        (p.requires_grad, p.grad if p.grad is None else p.grad.tolist(), p.tolist())
+        for p in net.parameters()
+    ]
+    return modes, parameters
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_network_is_left_as_it_was(name):
+    net, x, attack = mixed_network(), images(dtype=torch.float32), make(name)
+    y, before = torch.arange(6) % 5, state_of(net)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter('always')
+        attack(net, x, y, epsilons=radius(attack))
+    assert state_of(net) == before
+    assert sum('in training mode' in str(w.message) for w in heard) == 1
+    with pytest.raises(RuntimeError):  # also where the attack breaks off
+        attack(net, torch.rand(6, 1, 9, 9), y, epsilons=radius(attack))
+    assert state_of(net) == before
+
+
+def test_radii_and_images_are_read():
+    assert _radii(None, False) == ([None], False)
+    for one in (0.5, torch.tensor(0.5), np.float32(0.5)):
+        assert _radii(one, True) == ([0.5], False)
+    for several in ([0.5], torch.tensor([0.5]), np.array([0.5])):
+        assert _radii(several, True) == ([0.5], True)
+    for bad in (-1, float('nan')):
+        with pytest.raises(InputError, match='at least 0'):
+            _radii(bad, False)
+    with pytest.raises(InputError, match='images are ndarray'):
+        PGD()(network(), np.zeros((2, 1, 6, 6)), torch.zeros(2).long(), epsilons=0.1)
+
+
+def test_an_image_that_is_repaired_was_adversarial_before():
+    net, x = network(), images(30)
+    y = torch.arange(30) % 5  # many are wrong from the start
+    repaired = FGSM().craft(net, x, TargetedMisclassification(y), epsilon=0.3)
+    kept, success = _settled(net, repaired, x, Misclassification(y))
+    assert torch.equal(success, answers(net, x) != y)
+    assert kept.sum() < success.sum()
+
+
+GRADIENT_ATTACKS = [FGSM(), BIM(), PGD(), MIM(), ILCM(), PGD(seed=5, loss='dlr')]
+
+
+@pytest.mark.parametrize('attack', GRADIENT_ATTACKS, ids=repr)
+def test_gradient_attacks_in_any_batch_and_order(attack):
+    net, x = network(), images(20)
+    y, order = answers(net, x), torch.randperm(20)
+    whole = attack.craft(net, x, y, epsilon=0.1)
+    shuffled = attack.craft(net, x[order], y[order], epsilon=0.1)
+    parts = [
+        attack.craft(net, a, b, epsilon=0.1) for a, b in zip(x.split(7), y.split(7))
+    ]
+    assert (shuffled - whole[order]).abs().max() < 1e-9
+    assert (torch.cat(parts) - whole).abs().max() < 1e-9
+
+
+class Shifted(nn.Module):
+    "A constant added to every logit."
+
+    def __init__(self, net, by):
+        super().__init__()
+        self.net, self.by = net, by
+        self.eval()
+
+    def forward(self, x):
+        return self.net(x) + self.by
+
+
+@pytest.mark.parametrize(
+    'attack',
+    GRADIENT_ATTACKS
+    + [PGD(loss=loss) for loss in LOSSES]
+    + [JSMA(output=output, gamma=0.3) for output in ('softmax', 'logits')],
+    ids=repr,
+)
+def test_a_constant_added_to_all_logits_changes_nothing(attack):
+    net, x = network(), images(20)
+    y, eps = answers(net, x), radius(attack)
+    plain = attack.craft(net, x, y, epsilon=eps)
+    lowered = attack.craft(Shifted(net, -50), x, y, epsilon=eps)
+    assert (plain - lowered).abs().max() < 1e-9
+
+
+def test_seeds_and_the_generator():
+    net, x = network(), images()
+    y, state = answers(net, x), torch.get_rng_state()
+    first, again, other = (
+        PGD(seed=s, steps=3).craft(net, x, y, epsilon=0.1) for s in (3, 3, 4)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_large_batches_are_worked_off_in_even_slices():
+    sizes = []
+
+    def listen(x, classes):
+        sizes.append(len(x))
+        return x
+
+    x = torch.arange(600.0)[:, None].expand(600, 784)
+    assert torch.equal(_in_slices(listen, x, torch.arange(600)), x)
+    assert sizes == [300, 300]
+
+
+class BrokenFor(nn.Module):
+    "NaN where an image is bright."
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.eval()
+
+    def forward(self, x):
+        bright = x.sum((1, 2, 3)) > 18
+        return self.net(x) * torch.where(bright, float('nan'), 1.0)[:, None]
+
+
+@pytest.mark.parametrize('name', GRADIENT)
+def test_a_broken_network_is_no_robust_one(name):
+    net, x = network(), images(20)
+    bright = (x.sum((1, 2, 3)) > 18).sum().item()
+    assert 0 < bright < 20
+    with pytest.raises(InputError, match=f'NaN for {bright} of 20 images: its logits'):
+        make(name).craft(BrokenFor(net), x, answers(net, x), epsilon=1e-6)
+
+
+class Root(nn.Module):
+    "Its derivative is infinite where a pixel is 0."
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.eval()
+
+    def forward(self, x):
+        return self.net(x.sqrt())
+
+
+@pytest.mark.parametrize('attack', [FGSM(), MIM(steps=2), JSMA(gamma=0.3)], ids=repr)
+def test_an_infinite_gradient_is_told_as_such(attack):
+    net, x = network(), images(20)
+    x[:4] = 0
+    y = answers(Root(net), x)
+    with pytest.raises(InputError, match='infinite for 4 of 20 images'):
+        attack.run(Root(net), x, y, **{_word(attack): radius(attack, 1e-9)})
+
+
+def _word(attack):
+    fixed = isinstance(attack, fb.attacks.base.FixedEpsilonAttack)
+    return 'epsilon' if fixed else 'early_stop'
+
+
+@pytest.mark.parametrize('by', [1e20, 1e-20, 1e30])
+@pytest.mark.parametrize(
+    'attack',
+    [FGSM(loss='margin'), MIM(loss='margin'), PGD(loss='margin', steps=5)]
+    + [JSMA(gamma=0.3, output='logits', pairs=pairs) for pairs in (False, True)],
+    ids=repr,
+)
+def test_huge_and_tiny_gradients_lead_the_same_way(attack, by):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 5)).eval()
+    x = images(20, torch.float32)
+    y = answers(net, x)
+    plain = attack(net, x, y, epsilons=radius(attack))
+    scaled = attack(Loud(net, by), x, y, epsilons=radius(attack))
+    assert (plain[2] == scaled[2]).float().mean() > 0.9
+    assert (plain[1] == scaled[1]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize('theta', [0.01, -0.01])
+@pytest.mark.parametrize('target', ['random', 'least_likely', 'runner_up'])
+def test_a_step_of_jsma_raises_the_target_and_moves_one_way(theta, target):
+    net, x = network(), 0.1 + 0.8 * images(20)
+    y = answers(net, x)
+    aim = choose_targets(net(x), y, target, sample_keys(x))
+    _, a, b = output_derivatives(net, x, aim)
+    i = saliency_map(a, b, theta).argmax(1, keepdim=True)
+    moved = (x.flatten(1).scatter_add(1, i, torch.full_like(a, theta))).view_as(x)
+
+    def log_prob(x):
+        return net(x).log_softmax(1).gather(1, aim[:, None])
+
+    assert (log_prob(moved) > log_prob(x)).double().mean() > 0.9
+    changes = JSMA(50 * theta, 0.3).craft(net, x, y, epsilon=None) - x
+    assert (changes * theta >= 0).all() and changes.any()
+
+
+@pytest.mark.parametrize('size', [1, 7, 20])
+def test_jsma_in_any_batch_and_order(size):
+    net, x = network(), images(20)
+    y, order = answers(net, x), torch.randperm(20)
+    whole = JSMA(gamma=0.3, target='random')(net, x, y, epsilons=None)
+    small = JSMA(gamma=0.3, target='random', batch_size=size)
+    assert torch.equal(small(net, x, y, epsilons=None)[1], whole[1])
+    shuffled = small(net, x[order], y[order], epsilons=None)
+    assert torch.equal(shuffled[1], whole[1][order])
+    other = JSMA(gamma=0.3, target='random', seed=1)(net, x, y, epsilons=None)
+    assert not torch.equal(other[1], whole[1])
+
+
+@pytest.mark.parametrize('attack', [JSMA(gamma=0.3), PGD(steps=2)], ids=repr)
+def test_probabilities_are_attacked_with_a_warning(attack):
+    net, x = network(), images()
+    model = nn.Sequential(net, nn.Softmax(1)).eval()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter('always')
+        attack(model, x, answers(net, x), epsilons=radius(attack))
+    assert any('look like probabilities' in str(w.message) for w in heard)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_attacks_say_what_they_set(name):
+    attack = make(name)
+    if not isinstance(attack, PlainCall):
+        pytest.skip('of foolbox')
+    for setting in ('loss', 'steps', 'step_rule', 'rel_stepsize', 'random_start'):
+        assert hasattr(attack, setting)
+    assert attack.distance.p in (0, 2, INF)
+    if name in GRADIENT:
+        assert attack.loss == 'cross-entropy' and attack.steps >= 1
+        assert attack.rel_stepsize > 0 and attack.random_start == (name == 'pgd')
+    if name == 'jsma':
+        assert attack.loss is None and attack.random_start is None

@@ -18,10 +18,8 @@ from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.distributed import DistributedDL
 
-from complement_objectives.training.complement import (
-    ComplementTraining,
-    JointComplementTraining,
-)
+from complement_objectives.training.complement import ComplementTraining
+from complement_objectives.training.complement_control import JointComplementTraining
 
 N, SIZE = 96, 8  # samples and batch size of one process
 OPTS = dict(

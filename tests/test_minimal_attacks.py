@@ -7,29 +7,36 @@ import pytest
 import torch
 from torch import nn
 
-from complement_objectives.attacks.apgd import (
+from complement_objectives.attacks import ATTACKS as rows
+from complement_objectives.attacks import (
     APGD,
+    AUDIT,
+    AUDIT_L2,
     APGDTargeted,
+    AttackRow,
+    DDN,
     FMN,
     L2APGD,
     L2FMN,
+    CarliniWagnerL2,
+    CarliniWagnerWB,
+    NearestOf,
     Square,
     Transfer,
     WorstCase,
-    robust_accuracy,
-)
-from complement_objectives.core import InputError
-from complement_objectives.detection import KernelDensity
-from complement_objectives.evaluation import with_settings
-from complement_objectives.attacks.minimal import DDN, NearestOf, nearest_l2
-from complement_objectives.models import Classifier
-from complement_objectives.attacks.carlini_wagner import (
-    CarliniWagnerL2,
-    CarliniWagnerWB,
     cw,
     cw_hc,
     cw_wb,
+    nearest_l2,
+    radii,
+    robust_accuracy,
 )
+from complement_objectives.attacks import attack as attack_by_name
+from complement_objectives.attacks.registry import norm_name
+from complement_objectives.core import InputError
+from complement_objectives.detection import KernelDensity
+from complement_objectives.evaluation.gradient_checks import with_settings
+from complement_objectives.models import Classifier
 
 warnings.filterwarnings('ignore')
 L2_RADIUS, LINF_RADIUS = 0.6, 0.12
@@ -688,3 +695,98 @@ def test_saturated_logits_are_told_by_ddn():
         L2FMN(steps=10)
     )
     assert told(nearest_l2(60)) == 0  # the margin has a gradient
+
+
+# ------------------------------------------------------------------ logits of every scale
+
+
+class Times(nn.Module):
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+        self.eval()
+
+    def forward(self, x):
+        return self.by * NET(x)
+
+
+@pytest.mark.parametrize(
+    'attack',
+    [
+        FMN(steps=30),
+        L2FMN(steps=30),
+        DDN(steps=30, loss='margin'),
+        nearest_l2(60),
+        CarliniWagnerL2(binary_search_steps=3, steps=40),
+        CarliniWagnerL2(binary_search_steps=3, steps=60, start='cold'),
+    ],
+    ids=lambda a: type(a).__name__,
+)
+@pytest.mark.parametrize('by', [1e22, 1e-22])
+def test_the_scale_of_the_logits_does_not_matter(attack, by):
+    p = attack.distance.p
+    once, scaled = (attack(Times(b), X, Y, epsilons=None) for b in (1.0, by))
+    assert torch.equal(once[2], scaled[2]) and once[2].any()
+    here, there = size(once[0], X, p), size(scaled[0], X, p)
+    assert (there <= 1.02 * here + 1e-6)[once[2]].float().mean() >= 0.75
+
+
+@pytest.mark.parametrize('kind', [APGD, L2APGD])
+def test_apgd_on_a_margin_of_every_scale(kind):
+    eps = LINF_RADIUS if kind is APGD else L2_RADIUS
+    attack = kind(steps=10, loss='margin')
+    found = [attack(Times(by), X, Y, epsilons=eps)[2] for by in (1.0, 1e22, 1e-22)]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+# ------------------------------------------------------------------ members, rows, radii
+
+
+def test_a_step_of_a_member_from_foolbox_is_in_the_pixels_of_the_model():
+    model, (low, high) = FRAMES['bytes']
+    shown, eps = low + X * (high - low), LINF_RADIUS * (high - low)
+    attack = fb.attacks.LinfPGD(steps=8, abs_stepsize=0.3 * eps, random_start=False)
+    alone = attack(model, shown, Y, epsilons=eps)[2]
+    assert alone.any()
+    for nearest in (False, True):
+        within = WorstCase([attack], nearest=nearest)(model, shown, Y, epsilons=eps)
+        assert torch.equal(within[2], alone)
+
+
+def test_every_row_makes_what_it_says():
+    for name, row in rows.items():
+        assert row.name == name and row.title and row.source
+        if not row.needs:
+            attack = row()
+            assert row.traits['norm'] == row.norm == norm_name(attack)
+            assert row() is not attack
+            assert set(row.settings) <= set(row.parameters)
+
+
+def test_the_audit_is_read_from_the_rows():
+    assert list(AUDIT) == ['apgd_ce', 'apgd_dlr', 'fmn', 'apgd_t', 'square']
+    assert list(AUDIT_L2) == ['apgd_ce_l2', 'apgd_dlr_l2', 'nearest_l2']
+    assert all(rows[n] is row for n, row in (AUDIT | AUDIT_L2).items())
+    assert {row.norm for row in AUDIT_L2.values()} == {'L2'}
+
+
+def test_an_attack_in_an_l2_ball_by_name():
+    found = attack_by_name(NET, X, Y, 'apgd_ce_l2', L2_RADIUS, steps=10)
+    ok = L2APGD(steps=10)(NET, X, Y, epsilons=L2_RADIUS)[2]
+    assert torch.equal(NET(found).argmax(1) != Y, ok)
+    with pytest.raises(InputError, match='needs L2 radii'):
+        radii('apgd_ce_l2', [0.1])
+
+
+@pytest.mark.parametrize('name', ['cw_wb', 'jsma', 'nearest_l2', 'pgd'])
+def test_an_unknown_setting_is_told(name):
+    given = dict.fromkeys(rows[name].needs)
+    with pytest.raises(InputError, match='unknown setting'):
+        rows[name](nonsense=3, **given)
+
+
+def test_a_maker_that_does_not_say_what_it_takes():
+    row = AttackRow('own', 'Own', 'here', lambda **settings: APGD(**settings))
+    assert row(steps=3).steps == 3 and row.needs == []
+    with pytest.raises(InputError, match='unknown setting'):
+        AttackRow('own', 'Own', 'here', APGD)(nonsense=3)

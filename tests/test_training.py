@@ -41,10 +41,8 @@ from fastai.losses import BaseLoss, FocalLossFlat, LabelSmoothingCrossEntropyFla
 from fastai.optimizer import OptimWrapper, ranger
 
 from complement_objectives.training.adversarial import AdversarialTraining
-from complement_objectives.training.complement import (
-    ComplementTraining,
-    JointComplementTraining,
-)
+from complement_objectives.training.complement import ComplementTraining
+from complement_objectives.training.complement_control import JointComplementTraining
 from complement_objectives.core import InputError, seed_everything
 from complement_objectives.data import dataloaders, digits
 from complement_objectives.training.guided import (

@@ -13,7 +13,7 @@ from fastai.torch_core import default_device
 from fastcore.basics import patch
 
 from ..core import InputError
-from .images import ImageData, check_finite
+from .images import ImageData, finite_images
 
 # %% ../../nbs/03c_batches.ipynb #d22d216d
 class TensorLoader(DataLoader):
@@ -30,7 +30,7 @@ class TensorLoader(DataLoader):
         **kwargs,  # `bs`, `shuffle`, `drop_last`, `device`, …
     ):
         images, labels = dataset
-        check_finite(images, 'given')
+        finite_images(images, 'given')
         if len(images) != len(labels):
             raise InputError(
                 f'{len(images)} images and {len(labels)} labels are no pairs'

@@ -70,7 +70,7 @@ class ImageData:
         return x.float() / self.scale
 
 # %% ../../nbs/03a_images.ipynb #3e0c7f6f
-def check_finite(x: torch.Tensor, part: str) -> torch.Tensor:
+def finite_images(x: torch.Tensor, part: str) -> torch.Tensor:
     "The images; `InputError` where they hold NaN or infinity."
     if x.is_floating_point():
         bad = len(x) - x.isfinite().flatten(1).all(1).sum().item()
@@ -96,7 +96,7 @@ def _checked_images(x, part):  # (N, C, H, W), as a tensor
         )
     if not x.numel():
         raise InputError(f'there are no {part} images: their shape is {shape}')
-    return check_finite(x, part)
+    return finite_images(x, part)
 
 
 def _checked_labels(y, n, n_classes, part):  # (n,) int64, from (n,) or (n, 1)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..attacks import as_foolbox, as_loss, under_attack
-from ..attacks.base import CheckedModel, PlainModel
+from ..attacks.network import CheckedModel, PlainModel
 from ..core import InputError, check_count, choose
 from complement_objectives.detection import (
     KernelDensity,

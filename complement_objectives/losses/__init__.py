@@ -14,7 +14,4 @@ from .objectives import *
 from .relatives import *
 
 # %% ../../nbs/01_losses.ipynb #ecc50786
-#| eval: false
-__all__ += base.__all__
-__all__ += objectives.__all__
-__all__ += relatives.__all__
+__all__ = [*base.__all__, *objectives.__all__, *relatives.__all__]

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/07_training.ipynb #bdcf51d3
 from . import learners
 from . import complement
+from . import complement_control
 from . import guided
 from . import reverse
 from . import adversarial
@@ -17,6 +18,7 @@ from . import registry
 from . import classifier
 from .learners import *
 from .complement import *
+from .complement_control import *
 from .guided import *
 from .reverse import *
 from .adversarial import *
@@ -29,6 +31,7 @@ from .classifier import *
 __all__ = [
     *learners.__all__,
     *complement.__all__,
+    *complement_control.__all__,
     *guided.__all__,
     *reverse.__all__,
     *adversarial.__all__,

@@ -6,7 +6,7 @@
 __all__ = ['OBJECTIVES', 'OBJECTIVE_ALIASES', 'adam', 'Parameter', 'loss_parameters', 'Objective', 'objective_table',
            'find_objective', 'check_objective', 'as_json', 'own_parameters', 'objective_learner']
 
-# %% ../../nbs/07k_objective_registry.ipynb #3ea2c154
+# %% ../../nbs/07k_objective_registry.ipynb #ed6bd568
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -33,10 +33,8 @@ from complement_objectives.losses import (
     ReverseCrossEntropyLoss,
     SmoothedCrossEntropyLoss,
 )
-from complement_objectives.training.complement import (
-    ComplementTraining,
-    JointComplementTraining,
-)
+from .complement import ComplementTraining
+from .complement_control import JointComplementTraining
 from .reverse import accuracy_for
 
 # %% ../../nbs/07k_objective_registry.ipynb #0b70b3be

@@ -17,16 +17,19 @@ from ..core import InputError
 from ..losses import ReverseCrossEntropyLoss
 from ..models import ReverseLogits, negated_logits
 from .guided import OwnLoss, ReadsAlike
-from .learners import conceals
+from .learners import class_axis, conceals
 
 # %% ../../nbs/07f_reverse.ipynb #597cdf59
 def accuracy_for(
-    loss_func,  # a fastai loss, with `activation` and `decodes`
+    loss_func,  # fastai's and this library's say what logits mean; torch's do not
 ):  # a metric named 'accuracy'; its `loss_func` says which loss it asks
     "Accuracy of what `loss_func` says the logits mean: right for reversed logits too."
 
     def accuracy(inp, targ):
-        decoded = loss_func.decodes(loss_func.activation(inp))
+        if hasattr(loss_func, 'decodes'):
+            decoded = loss_func.decodes(loss_func.activation(inp))
+        else:
+            decoded = inp.argmax(class_axis(loss_func))
         return (decoded == targ.reshape(decoded.shape)).float().mean()
 
     accuracy.loss_func = loss_func
