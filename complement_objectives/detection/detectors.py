@@ -45,8 +45,8 @@ class Detector(nn.Module):
 
     title = 'detector'  # for tables
     reads = 'hidden'  # what the score is made of; or 'logits'
-    learned = ()  # names of the buffers that `fit` fills
-    vectors = None  # the buffer (·, D) that hidden vectors (N, D) must match
+    learned: tuple = ()  # names of the buffers that `fit` fills
+    vectors: str | None = None  # the buffer (·, D) that hidden vectors must match
     offset_ = 0.0  # a threshold, to scikit-learn; a detector alone has none
 
     def __init__(self):
@@ -65,8 +65,8 @@ class Detector(nn.Module):
 
     def score(
         self,
-        hidden: torch.Tensor,  # (N, D), or None where the score reads logits
-        logits: torch.Tensor,  # (N, L); or (N, L, H, W) for a score a pixel
+        hidden: torch.Tensor | None,  # (N, D), or None where the score reads logits
+        logits: torch.Tensor | None,  # (N, L); or (N, L, H, W) for a score a pixel
     ) -> torch.Tensor:  # (N,) or (N, H, W), higher = more normal; NaN: none
         """The score of each input, a tensor whatever came in.
 
@@ -624,7 +624,7 @@ class NearestNeighbors(Detector):
 class DetectorRow:
     "A row of `DETECTORS`: called, it builds the detector."
 
-    build: type  # a subclass of `Detector`
+    build: type[Detector]
     ranges: dict = field(default_factory=dict)  # parameter → what it may be, in words
 
     @property
