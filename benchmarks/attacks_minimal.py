@@ -20,12 +20,21 @@ cross-entropy (rce). The file gets the optimality of all that was run for a netw
 a norm; those of other networks and norms stay.
 """
 
-import argparse, importlib, math, sys, time, types, warnings
+import argparse
+import importlib
+import math
+import sys
+import time
+import types
+import warnings
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import foolbox as fb, pandas as pd, torch, torch.nn.functional as F
+import foolbox as fb
+import pandas as pd
+import torch
+import torch.nn.functional as F
 from torch import nn
 from complement_objectives.attacks import DDN, FMN, L2FMN, CarliniWagnerL2, nearest_l2
 from complement_objectives.data import load_data

@@ -14,7 +14,13 @@ that was asked for (queries and results come on top of the bound), and the secon
 against the numbers of queries and of points.
 """
 
-import argparse, json, math, os, subprocess, sys, time
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from statistics import median
 

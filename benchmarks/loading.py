@@ -23,7 +23,6 @@ import pandas as pd
 import torch
 import torchvision.transforms as T
 from fastai.callback.core import Callback, CancelValidException
-from fastai.callback.progress import ProgressCallback  # adds `Learner.no_bar`
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat

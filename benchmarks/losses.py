@@ -15,13 +15,19 @@ Memory is the highest sum of live allocations during forward and backward, beyon
 logits, from torch's profiler. The last part needs a GPU and says so if there is none.
 """
 
-import argparse, csv, os, random, sys, time
+import argparse
+import csv
+import os
+import random
+import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from torch.profiler import profile, ProfilerActivity
 from complement_objectives import losses as L
 
@@ -117,7 +123,7 @@ def measured(args):
         z, t = torch.randn(shape).requires_grad_(), torch.randint(shape[1], shape[:1])
         ts = times(fs, z, t, max(5, int(rounds * args.rounds)), clock=clock)
         base = ts.pop('cross-entropy')
-        print(f'{str(shape):>12} {bound:>6} {median(base) * 1e3:>7.2f}ms  ', end='')
+        print(f'{shape!s:>12} {bound:>6} {median(base) * 1e3:>7.2f}ms  ', end='')
         for name, v in ts.items():
             ratio, fastest = median(v) / median(base), v[0] / base[0]
             print(f'{f"{ratio:.2f} / {fastest:.2f}":>14}', end='  ', flush=True)
@@ -171,7 +177,7 @@ def memory(args):
         peaks = {n: peak(f, z, t) for n, f in fs.items()}
         base = peaks.pop('cross-entropy')
         print(
-            f'{str(shape):>12} {"":>6} {base / 2**20:>7.2f}MB  '
+            f'{shape!s:>12} {"":>6} {base / 2**20:>7.2f}MB  '
             + '  '.join(f'{v / base:>14.2f}' for v in peaks.values()),
             flush=True,
         )

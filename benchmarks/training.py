@@ -11,7 +11,10 @@ A ratio is taken in each round; given are the median and, in brackets, the quart
 Bounds: 2.0 for COT (two forward and two backward passes), 1.03 for GCE and RCE.
 """
 
-import argparse, sys, time, warnings
+import argparse
+import sys
+import time
+import warnings
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles

@@ -253,7 +253,8 @@ class ComplementUpdate:
         if prepared and self.update.scaler is not None:
             warnings.warn(
                 'prepare the primary optimizer only: clip_grad_norm_ of '
-                'accelerate unscales the gradients once for every prepared optimizer'
+                'accelerate unscales the gradients once for every prepared optimizer',
+                stacklevel=2,
             )
 
     def keep(

@@ -44,7 +44,7 @@ def losses(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 def networks(x: Tensor) -> nn.Module:
     model: nn.Module = create_model('digits_cnn', n_classes=10, in_channels=1)
-    hidden, logits = forward_batches(model, x)
+    _hidden, _logits = forward_batches(model, x)
     return ReverseLogits(model)
 
 
@@ -67,7 +67,7 @@ def attacks(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def detection(model: nn.Module, x: Tensor, y: Tensor) -> float:
     robust = RobustClassifier(model, KernelDensity())
     robust.fit(x, y).calibrate(x, 0.05)
-    labels, scores = robust(x)
+    _labels, scores = robust(x)
     return auroc(scores, scores)
 
 
@@ -79,7 +79,7 @@ def evaluation(right: Tensor) -> Interval:
 
 def experiment() -> Path:
     config = StudyConfig.create('digits', ['xe', 'rce'], seeds=3, eps=[0.1])
-    runs, report = study(config, 'results', device='cpu')
+    _runs, report = study(config, 'results', device='cpu')
     return report
 
 

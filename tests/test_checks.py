@@ -714,7 +714,7 @@ def test_a_clamp_at_the_input_is_named(kind):
 
 
 def test_unused_pixels_are_no_lost_gradients():
-    net, x, y = data()
+    net, x, _y = data()
     model = Around(
         net, lambda v: torch.cat([v[..., :2], torch.zeros_like(v[..., 2:])], -1)
     )  # half of the pixels are not looked at

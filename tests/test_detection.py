@@ -2,7 +2,9 @@
 
 Each expected value is written out or computed another way."""
 
-import json, math, warnings
+import json
+import math
+import warnings
 
 import numpy as np
 import pytest
@@ -87,7 +89,7 @@ def density(z, points, sigma2):
 
 @pytest.mark.parametrize('far', [1e2, 1e4, 1e5, 1e7, 1e8])
 def test_density_of_far_modes(far):
-    points, which = clusters(60, 2, 16, far=far)
+    points, _which = clusters(60, 2, 16, far=far)
     points, query = points.float(), (points[::3] + 0.3).float()
     found, true = log_kernel_density(query, points, 3.0), density(query, points, 3.0)
     assert found.dtype == torch.float32 and found.max() <= 0
@@ -630,7 +632,7 @@ def test_eager_and_exported_agree(name):
 
 
 def test_eager_and_exported_agree_on_far_modes():
-    robust, x, y = small_robust('k-density', sigma2=3.0, dtype='float32')
+    robust, _x, _y = small_robust('k-density', sigma2=3.0, dtype='float32')
     points = clusters(40, 2, 6, far=1e4)[0].float()
     robust.option.detector.fit(points, torch.zeros(80, dtype=torch.long))
     detector = robust.option.detector
@@ -891,7 +893,7 @@ def test_a_score_for_every_pixel(name, shape):
     assert found.shape == (shape[0], *shape[2:])
     torch.testing.assert_close(found.flatten(), detector(None, flat))
     option = RejectOption(detector, threshold=found.median().item())
-    answers, scores = option(None, logits)
+    answers, _scores = option(None, logits)
     assert (
         answers.shape == found.shape
         and answers.flatten().tolist() == option(None, flat)[0].tolist()

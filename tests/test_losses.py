@@ -455,7 +455,7 @@ def test_tabular_learner(make, tmp_path):
     assert dls.one_batch()[-1].ndim == 2  # the targets are (N, 1)
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-2)
-        probabilities, targets, decoded = learn.get_preds(with_decoded=True)
+        probabilities, _targets, decoded = learn.get_preds(with_decoded=True)
         rows = learn.get_preds(with_loss=True)[2]
     assert all(p.isfinite().all() for p in learn.model.parameters())
     assert (

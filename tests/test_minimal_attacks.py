@@ -1,6 +1,8 @@
 "What the minimal-norm attacks, C&W and the audit set owe: settings, types, ranges, budgets, and balls that hold."
 
-import copy, math, warnings
+import copy
+import math
+import warnings
 
 import foolbox as fb
 import pytest
@@ -175,7 +177,7 @@ def test_settings_of_combined_attacks():
     with pytest.raises(InputError):
         with_settings(nearest_l2(), steps=0)
     with pytest.raises(InputError):
-        setattr(WorstCase([APGD()]), 'attacks', [])
+        WorstCase([APGD()]).attacks = []
     with pytest.raises(InputError):
         WorstCase([APGD(), L2APGD()])
 
@@ -190,7 +192,7 @@ def test_settings_of_combined_attacks():
 def test_half_networks(name, attack, eps, p, dtype):
     net, x = copy.deepcopy(NET).to(dtype), X.to(dtype)
     y = net(x).argmax(1)
-    raw, found, ok = attack(net, x, y, epsilons=eps)
+    _raw, found, ok = attack(net, x, y, epsilons=eps)
     assert found.dtype == dtype and torch.equal(ok, net(found).argmax(1) != y)
     assert (
         (size(found, x, p) <= eps * (1 + 1e-6)).all()
@@ -244,7 +246,7 @@ FRAMES = {
 def test_same_result_in_every_range(name, attack, eps, p, frame):
     model, (low, high) = FRAMES[frame]
     shown = low + X * (high - low)
-    raw, found, ok = attack(model, shown, Y, epsilons=eps * (high - low))
+    _raw, found, ok = attack(model, shown, Y, epsilons=eps * (high - low))
     _, there, fine = attack(NET, X, Y, epsilons=eps)
     assert torch.equal(
         ok, NET(((found - low) / (high - low)).clamp(0, 1)).argmax(1) != Y
@@ -276,7 +278,7 @@ def test_networks_that_work_in_place(name, attack, eps, p):
         if name in ('Square', 'L2FMN', 'APGD')
         else net
     )
-    raw, found, ok = attack(model, x, Y, epsilons=eps)
+    _raw, found, ok = attack(model, x, Y, epsilons=eps)
     assert torch.equal(x, X)
     assert (
         (size(found, X, p) <= eps * (1 + 1e-6)).all()

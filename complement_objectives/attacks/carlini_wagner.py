@@ -158,7 +158,8 @@ def make_goal(self: CarliniWagnerL2, model, x, criterion):
     "What is to be reached; a goal stays as it is."
     if isinstance(criterion, Goal):
         return criterion
-    return Goal(*self.targets(model, x, criterion), self.confidence)
+    classes, sign = self.targets(model, x, criterion)
+    return Goal(classes, sign, self.confidence)
 
 # %% ../../nbs/06g_carlini_wagner.ipynb #5443acd5
 def gentle_stepsize(

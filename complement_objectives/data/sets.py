@@ -78,7 +78,9 @@ class _Published:  # a set of torchvision's; called with the root, it reads the 
     def __call__(self, root: Path) -> ImageData:
         if not self.folder(root).is_dir():
             self.download(root)
-        return ImageData(self.name, *self.read(root), list(self.class_names))
+        train_x, train_y, test_x, test_y = self.read(root)
+        names = list(self.class_names)
+        return ImageData(self.name, train_x, train_y, test_x, test_y, names)
 
     def download(self, root: Path, timeout: float = 20):
         before = socket.getdefaulttimeout()

@@ -228,7 +228,9 @@ class RobustClassifier(nn.Module):
     ) -> 'RobustClassifier':  # itself
         "Set the threshold, see `threshold_at`."
         self._check_fitted()
-        self.option.fit(*self._moved(*forward_batches(self.model, _image_set(x))), fpr)
+        found = forward_batches(self.model, _image_set(x))
+        hidden, logits = self._moved(*found)
+        self.option.fit(hidden, logits, fpr)
         return self
 
     def _moved(self, *tensors):

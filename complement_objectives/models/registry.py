@@ -7,6 +7,7 @@ __all__ = ['MODELS', 'Architecture', 'create_model', 'model_table']
 
 # %% ../../nbs/02e_model_registry.ipynb #ff12684b
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,7 +39,7 @@ class Architecture:
     "A row of `MODELS`. Calling it builds the network."
 
     title: str  # as people write it
-    build: callable  # takes `n_classes`, `in_channels`, `mean` and `std`
+    build: Callable  # takes `n_classes`, `in_channels`, `mean` and `std`
     size: tuple  # (C, H, W) of the images it was made for
     source: str  # who published it
     trained: str = ''  # where the papers train it
