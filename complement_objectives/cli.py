@@ -476,7 +476,7 @@ def main(
         status = _stopped()
     except click.ClickException as e:
         status = _say(f'error: {e.format_message()}', 2)
-    except Exception as e:
+    except Exception as e:  # noqa: BLE001 (raised again, unless it is known)
         status = _refused(e)
     sys.exit(status or 0)
 
@@ -490,23 +490,17 @@ def _stopped() -> int:  # by Ctrl-C
     return _say('interrupted: the same command continues where it was', 130)
 
 
-def _came_of_ctrl_c(
-    error,
-) -> (
-    bool
-):  # a library that was interrupted in its locks raises something else on the way out
-    return (
-        isinstance(error, KeyboardInterrupt)
-        or error is not None
-        and _came_of_ctrl_c(error.__context__)
-    )
+def _came_of_ctrl_c(error) -> bool:
+    "A library that was interrupted in its locks raises something else on the way out."
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
 
 
-def _refused(
-    error: Exception,
-) -> (
-    int
-):  # bad input and a failed run are said; a fault of the library keeps its traceback
+def _refused(error: Exception) -> int:
+    "Bad input and a failed run are said; a fault of the library keeps its traceback."
     from complement_objectives.core import InputError, RunFailed
 
     if _came_of_ctrl_c(error):

@@ -8,9 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 
-from complement_objectives.cli import main
+from complement_objectives.cli import cli, main
 
 COBJ = Path(sys.executable).with_name('cobj')
 SHORT = [
@@ -52,8 +53,8 @@ def refused(capsys, *args):
         (['--eps', '8'], 'must lie in [0, 1]'),
         (['--eps', 'nan'], 'must lie in [0, 1]'),
         (['--eps', '0.1;0.2'], 'not a list of numbers'),
-        (['--alpha', '0'], 'alpha must be a number above 0'),
-        (['--alpha', '-1/3'], 'alpha must be a number above 0'),
+        (['--alpha', '0'], 'alpha must be finite and greater than 0'),
+        (['--alpha', '-1/3'], 'alpha must be finite and greater than 0'),
         (['--alpha', 'third'], 'is not a number'),
         (['--seeds', '0'], 'number of seeds'),
         (['--seeds', 'two'], 'not a valid integer'),
@@ -75,7 +76,7 @@ def test_bad_options(args, said, capsys, tmp_path):
         (['--model', 'lenet'], 'did you mean lenet5'),
         (['--objective', 'xe,cot'], "unknown objective 'xe,cot'"),
         (['--preset', 'he2016'], 'did you mean he2016_cifar'),
-        (['--alpha', '0'], 'alpha must be a number above 0'),
+        (['--alpha', '0'], 'alpha must be finite and greater than 0'),
         (['--epochs', '0'], 'epochs must be a whole number of at least 1'),
         (['--batch-size', '0'], 'batch size must be'),
         (['--lr', 'nan'], 'learning rate must be a number above 0'),
@@ -83,11 +84,34 @@ def test_bad_options(args, said, capsys, tmp_path):
         (['--precision', 'fp8'], 'unknown precision'),
         (['--seed', '-1'], 'seed must be a whole number of at least 0'),
         (['--device', 'tpu'], 'valid names are auto, cpu, cuda'),
+        (['--parameter', 'lam'], 'is not NAME=VALUE'),
+        (['--objective', 'smoothed', '--parameter', 'lamb=0.2'], 'lam'),
+        (['--objective', 'smoothed'], 'lam'),
+        (['--objective', 'smoothed', '--parameter', 'lam=-1'], 'lam must be finite'),
+        (['--objective', 'hcot'], 'groups'),
     ],
 )
 def test_bad_training_options(args, said, capsys, tmp_path):
     assert said in refused(capsys, 'train', *args, '--out', str(tmp_path / 'out'))
     assert not (tmp_path / 'out').exists()
+
+
+def parameters_of(out, *args):
+    "Objective and parameters of a network that the command trained for an epoch."
+    with pytest.raises(SystemExit) as exit:
+        main(['train', *args, '--epochs', '1', '--device', 'cpu', '--out', str(out)])
+    assert not exit.value.code
+    training = json.loads((out / 'model.json').read_text())['training']
+    return training['objective'], training['parameters']
+
+
+def test_parameters_of_an_objective(tmp_path):
+    args = ('--objective', 'smoothed', '--parameter', 'lam=1/5')
+    assert parameters_of(tmp_path / 'smoothed', *args) == ('smoothed', {'lam': 0.2})
+
+
+def test_ce_is_another_name_for_xe(tmp_path):
+    assert parameters_of(tmp_path / 'ce', '--objective', 'ce') == ('xe', {})
 
 
 def test_bad_command(capsys):
@@ -385,21 +409,13 @@ def test_other_configuration_is_refused(undisturbed, capsys):
     assert 'belongs to another study (alpha' in message
 
 
-FLAGS = dict(
-    study='dataset root objectives alpha attacks eps seeds epochs attack-images out device',
-    train='dataset root model objective alpha preset epochs batch-size lr augment adversarial precision seed out device',
-    attack='attacks eps images seed root device',
-    detect='detector fpr root device',
-    report='',
-)
-
-
-@pytest.mark.parametrize('command', [None, *FLAGS])
+@pytest.mark.parametrize('command', [None, *cli.commands])
 def test_help_is_complete(command):
     args = [command] if command else []
     page = subprocess.run(
         [COBJ, *args, '--help'], capture_output=True, text=True, timeout=60
     )
     assert page.returncode == 0 and ' '.join(['cobj', *args]) in page.stdout
-    for flag in FLAGS.get(command, '').split():
-        assert f'--{flag}' in page.stdout
+    params = cli.commands[command].params if command else []
+    for option in (param for param in params if isinstance(param, click.Option)):
+        assert option.opts[0] in page.stdout and option.help

@@ -10,13 +10,11 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from complement_objectives.study import recipes
-
-from complement_objectives.study import runs as r
-
-from complement_objectives.study import saved
-
-from complement_objectives.study import results as s
+from complement_objectives.cli import main
+from complement_objectives.core import InputError
+from complement_objectives.data import ImageData, digits
+from complement_objectives.detection import RobustClassifier
+from complement_objectives.models import ReverseLogits, digits_cnn
 from complement_objectives.saving import (
     load_classifier,
     load_header,
@@ -25,11 +23,10 @@ from complement_objectives.saving import (
     save_classifier,
     save_tensors,
 )
-from complement_objectives.cli import main
-from complement_objectives.core import InputError, RunFailed
-from complement_objectives.data import ImageData, digits
-from complement_objectives.models import ReverseLogits, digits_cnn
-from complement_objectives.detection.reject import RobustClassifier
+from complement_objectives.study import recipes
+from complement_objectives.study import results as s
+from complement_objectives.study import runs as r
+from complement_objectives.study import saved
 
 
 def said(capsys, status, *args):
@@ -787,7 +784,7 @@ def test_disjoint_halves(attacks, network, tmp_path, monkeypatch, capsys):
         [v.numpy().tobytes() in rows(seen['x']) for v in data.pixels(data.test_x)]
     )
     assert len(seen['x']) == 225 and table.images['normal', ''] == 225
-    for name, n in attacks:
+    for name, _ in attacks:
         t = load_tensors(folder / 'attacks' / f'{name}.safetensors')
         judging = ~setting[t['index']]
         robust = saved.load_robust(folder / 'robust')[0]
@@ -998,7 +995,7 @@ def test_missing_seeds_are_counted():
         ((0.8, 0.9), '85.0 ± 7.1'),
     ):
         assert (
-            s.detection_table(runs(*values)).loc[('fgsm', '0.1', 'K-density'), 'XE']
+            s.detection_auc_table(runs(*values)).loc[('fgsm', '0.1', 'K-density'), 'XE']
             == text
         )
 

@@ -40,11 +40,13 @@ def plot_histograms(
         ax = plt.subplots(figsize=(4, 2.5))[1]
     auc, both = auroc(normal, adversarial), np.r_[normal, adversarial]
     edges = np.histogram_bin_edges(both[np.isfinite(both)], bins)
-    for values, label in ((normal, 'normal'), (adversarial, 'adversarial')):
+    kinds = (normal, 'normal', 'faint'), (adversarial, 'adversarial', 'other')
+    for values, label, shade in kinds:
         finite = np.isfinite(values)
         if not finite.all():
             label = f'{label}, {(~finite).sum()} of {len(values)} infinite'
-        ax.hist(np.asarray(values)[finite], edges, alpha=0.6, label=label)
+        values = np.asarray(values)[finite]
+        ax.hist(values, edges, alpha=0.6, color=COLORS[shade], label=label)
     ax.set(
         title=f'{title}, AUC ' + ('–' if np.isnan(auc) else f'{auc:.3f}'),
         xlabel='score (higher is more normal)',
@@ -78,7 +80,8 @@ def plot_roc(
         ylabel='TPR (adversarial rejected)',
         aspect='equal',
     )
-    ax.legend(loc='lower right', title='AUC')
+    if pairs:
+        ax.legend(loc='lower right', title='AUC')
     return ax
 
 # %% ../../nbs/11b_figures.ipynb #e49cb464

@@ -55,7 +55,7 @@ def _sizes(runs: list) -> list:  # every attack with every size it ran at
     return [(name, size) for name, a in runs[0]['attacks'].items() for size in a['eps']]
 
 
-def title_of(run: dict) -> str:  # 'COT'
+def _title_of(run: dict) -> str:  # 'COT'
     "How tables and figures call a run's objective."
     return OBJECTIVES[run['objective']].title
 
@@ -63,7 +63,7 @@ def title_of(run: dict) -> str:  # 'COT'
 def _by_objective(runs: list, number, none='–') -> dict:  # title → text over its seeds
     values = {}
     for run in runs:
-        values.setdefault(title_of(run), []).append(number(run))
+        values.setdefault(_title_of(run), []).append(number(run))
     return {title: over_seeds(shares, none) for title, shares in values.items()}
 
 
@@ -124,7 +124,7 @@ def _accuracies(runs: list) -> pd.DataFrame:  # attack, objective, seed, eps, ac
 
     rows = [
         dict(
-            objective=title_of(run),
+            objective=_title_of(run),
             seed=run['seed'],
             attack=name,
             eps=float(eps),
@@ -165,9 +165,7 @@ def accuracy_figure(
     return fig
 
 # %% ../../nbs/11e_results.ipynb #f48f4d1c
-def _shown(
-    config: StudyConfig,
-) -> tuple:  # attack and ε of the figures of single images
+def _shown(config: StudyConfig) -> tuple:  # attack and ε of single images' figures
     with_eps = [name for name in config.attacks if radii(name, config.eps) != [None]]
     name = with_eps[-1] if with_eps else config.attacks[-1]
     sizes = radii(name, config.eps)
@@ -288,9 +286,7 @@ def _image_words(runs: list) -> str:  # over which images
     return f'Clean accuracy is over all {total} test images; {attacked}'
 
 # %% ../../nbs/11e_results.ipynb #3e494d5e
-def _by_setting(
-    runs, names, setting
-) -> dict:  # its value → names of those that have it
+def _by_setting(runs, names, setting) -> dict:  # value → names that have it
     groups = {}
     for name in names:
         value = runs[0]['attacks'][name]['settings'].get(setting)
@@ -364,7 +360,7 @@ def _warnings(runs: list) -> list:  # plain words about masked gradients
         share = run['clean']['zero_gradient_share']
         if share > 0.01:
             words.append(
-                f'Careful: {100 * share:.1f} % of the test images of {title_of(run)} '
+                f'Careful: {100 * share:.1f} % of the test images of {_title_of(run)} '
                 f'seed {run["seed"]} have an input gradient of exactly zero. '
                 f'What follows a gradient cannot move them{so}'
             )
@@ -411,7 +407,7 @@ def _devices(run) -> str:  # where it was computed
 def _run_table(runs: list) -> pd.DataFrame:  # a row a run
     rows = [
         {
-            'objective': title_of(run),
+            'objective': _title_of(run),
             'seed': run['seed'],
             'training (s)': round(run['clean']['seconds'], 1),
             'whole run (s)': round(run['seconds'], 1),
@@ -427,7 +423,7 @@ def _version_words(runs: list) -> list:  # a sentence for each set of versions
     sets: dict = {}
     for run in runs:
         said = ', '.join(f'{k} {v}' for k, v in run['clean']['versions'].items())
-        sets.setdefault(said, []).append(f'{title_of(run)} seed {run["seed"]}')
+        sets.setdefault(said, []).append(f'{_title_of(run)} seed {run["seed"]}')
     if len(sets) == 1:
         return list(sets)
     return [f'{listed(names)}: {said}' for said, names in sets.items()]
@@ -469,7 +465,7 @@ def _accuracy_caption(config, runs) -> str:  # what the figure shows
 def _fooled_caption(config, runs) -> str:  # of which images the scores are
     name, eps = _shown(config)
     counts = {
-        title_of(run): run['attacks'][name]['eps'][eps]['fooled']
+        _title_of(run): run['attacks'][name]['eps'][eps]['fooled']
         for run in runs
         if run['seed'] == 0
     }

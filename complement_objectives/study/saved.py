@@ -136,7 +136,7 @@ def _outcome(before, after, labels, x_adv, x):  # of one attack at one size
         distortion=far.mean().item() if len(far) else None,
     )
 
-# %% ../../nbs/11f_saved.ipynb #3b37c9b5
+
 def _attack_one(model, x, clean, name, settings, sizes, seed, into):
     "One attack at all of its sizes, written."
     y, results, tensors = clean['labels'], {}, dict(clean)
@@ -207,7 +207,7 @@ def _sharing(attacks) -> dict:  # norm, ε and images → attacks that share the
                 groups.setdefault(key, []).append((report, tensors))
     return {key: members for key, members in groups.items() if len(members) > 1}
 
-# %% ../../nbs/11f_saved.ipynb #bae0719e
+
 def _clean_row(attacks) -> dict:  # over all images that any attack saw
     seen = torch.cat([t['index'] for _, t in attacks])
     index, first = seen.unique(return_inverse=True)
@@ -230,13 +230,11 @@ def _worst_rows(attacks) -> dict:  # (label, ε) → numbers
 # %% ../../nbs/11f_saved.ipynb #d4a5ea63
 def attack_results(
     folder: str | Path,  # of `attack_saved`
-) -> (
-    pd.DataFrame
-):  # index (attack, eps); accuracy in percent, images, fooled, distortion
+) -> pd.DataFrame:  # index (attack, eps); accuracy, images, fooled, distortion
     """Every attack in the folder, and the worst case over several.
 
-    It is over those that kept to the same ε and saw the same images. Distortion is in
-    gray levels.
+    It is over those that kept to the same ε and saw the same images. Accuracy is in
+    percent, distortion in gray levels.
     """
     attacks = _attacks(folder)
     rows = {('clean', ''): _clean_row(attacks)} if attacks else {}
@@ -248,7 +246,7 @@ def attack_results(
     columns = ['accuracy', 'images', 'fooled', 'distortion']
     return _frame(rows | _worst_rows(attacks), ['attack', 'eps'], columns)
 
-# %% ../../nbs/11f_saved.ipynb #588c7d6d
+
 def _frame(rows, names, columns):  # key → {column: number} as a table of floats
     index = pd.MultiIndex.from_arrays([[], []], names=names)
     if rows:
