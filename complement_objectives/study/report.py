@@ -83,7 +83,8 @@ def html_report(
         fx.Style(_style),
     )
     body = fx.Body(fx.H1(title), *parts)
-    return '<!doctype html>\n' + fx.to_xml(fx.Html(head, body, lang='en'))
+    document = fx.Html(head, body, doctype=False, lang='en')
+    return '<!doctype html>\n' + fx.to_xml(document)
 
 # %% ../../nbs/11c_report.ipynb #18c72528
 def write_report(
