@@ -919,7 +919,7 @@ CASES = dict(
             'only if fgsm, bim and apgd_dlr failed on it; jsma, without an ε, is not in it',
             'apgd_dlr followed the loss dlr',
             'fgsm and bim followed the loss cross-entropy',
-            'GCE has α = 0.3333',
+            'GCE has alpha 0.3333',
             'over 2 seeds (0 to 1)',
             'sizes ε = 0.05 and 0.1',
             '20 of them',

@@ -246,7 +246,7 @@ def check_learned(
         f'than {lr:g}'
     )
 
-# %% ../../nbs/11a_training_configs.ipynb #8516834b
+
 def forget_failed(
     checkpoint: Path,  # of the training
     train,  # called without arguments, trains

@@ -14,58 +14,6 @@ from fastcore import xml as fx
 
 from ..core import atomic_write
 
-# %% ../../nbs/11c_report.ipynb #113c6606
-def listed(
-    names,  # texts
-) -> str:  # 'a', 'a and b', 'a, b and c'; '' for none
-    "Names as they stand in a sentence."
-    *most, last = [*map(str, names)] or ['']
-    return f'{", ".join(most)} and {last}' if most else last
-
-# %% ../../nbs/11c_report.ipynb #fab20a31
-def picture(
-    path: str | Path,  # a PNG file
-    caption: str,  # what it shows
-):  # a `<figure>`, with the file embedded
-    "A picture that needs no file beside it."
-    data = base64.b64encode(Path(path).read_bytes()).decode()
-    image = fx.Img(src=f'data:image/png;base64,{data}', alt=caption)
-    return fx.Figure(image, fx.Figcaption(caption))
-
-# %% ../../nbs/11c_report.ipynb #821e4841
-def table(
-    frame: pd.DataFrame,  # what to show
-):  # a `<table>`
-    "A data frame as an HTML table; its cells are escaped."
-    return fx.Safe(frame.to_html(border=0, justify='left', na_rep='–'))
-
-# %% ../../nbs/11c_report.ipynb #ba8db325
-def render(
-    piece,  # text, a data frame, or a pair (path of a PNG, caption)
-):  # HTML
-    "One piece of a report."
-    if isinstance(piece, pd.DataFrame):
-        return table(piece)
-    if isinstance(piece, tuple):
-        return picture(*piece)
-    return fx.P(piece)
-
-# %% ../../nbs/11c_report.ipynb #e09c62f8
-_style = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem;
-  margin: 2rem auto; padding: 0 1rem; }
-h1 { line-height: 1.2; }
-h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
-section { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums;
-  font-size: .92rem; }
-th, td { padding: .25rem .8rem; border-bottom: 1px solid #e5e5e5;
-  text-align: left; white-space: nowrap; }
-figure { margin: 1rem 0; }
-figure img { max-width: 100%; height: auto; }
-figcaption { color: #555; font-size: .92rem; }
-"""
-
 # %% ../../nbs/11c_report.ipynb #2f8798ab
 def html_report(
     title: str,  # of the page
@@ -83,7 +31,8 @@ def html_report(
         fx.Style(_style),
     )
     body = fx.Body(fx.H1(title), *parts)
-    return '<!doctype html>\n' + fx.to_xml(fx.Html(head, body, lang='en'))
+    document = fx.Html(head, body, doctype=False, lang='en')
+    return '<!doctype html>\n' + fx.to_xml(document)
 
 # %% ../../nbs/11c_report.ipynb #18c72528
 def write_report(
@@ -96,3 +45,55 @@ def write_report(
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding='utf-8')
     return path
+
+# %% ../../nbs/11c_report.ipynb #fab20a31
+def picture(
+    path: str | Path,  # a PNG file
+    caption: str,  # what it shows
+):  # a `<figure>`, with the file embedded
+    "A picture that needs no file beside it."
+    data = base64.b64encode(Path(path).read_bytes()).decode()
+    image = fx.Img(src=f'data:image/png;base64,{data}', alt=caption)
+    return fx.Figure(image, fx.Figcaption(caption))
+
+
+def table(
+    frame: pd.DataFrame,  # what to show
+):  # a `<table>`
+    "A data frame as an HTML table; its cells are escaped."
+    return fx.Safe(frame.to_html(border=0, justify='left', na_rep='–'))
+
+
+def render(
+    piece,  # text, a data frame, or a pair (path of a PNG, caption)
+):  # HTML
+    "One piece of a report."
+    if isinstance(piece, pd.DataFrame):
+        return table(piece)
+    if isinstance(piece, tuple):
+        return picture(*piece)
+    return fx.P(piece)
+
+
+_style = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem;
+  margin: 2rem auto; padding: 0 1rem; }
+h1 { line-height: 1.2; }
+h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
+section { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums;
+  font-size: .92rem; }
+th, td { padding: .25rem .8rem; border-bottom: 1px solid #e5e5e5;
+  text-align: left; white-space: nowrap; }
+figure { margin: 1rem 0; }
+figure img { max-width: 100%; height: auto; }
+figcaption { color: #555; font-size: .92rem; }
+"""
+
+# %% ../../nbs/11c_report.ipynb #113c6606
+def listed(
+    names,  # texts
+) -> str:  # 'a', 'a and b', 'a, b and c'; '' for none
+    "Names as they stand in a sentence."
+    *most, last = [*map(str, names)] or ['']
+    return f'{", ".join(most)} and {last}' if most else last

@@ -389,7 +389,7 @@ def size_name(
     "0.1 → '0.1', None → 'own'."
     return 'own' if eps is None else str(float(eps))
 
-# %% ../../nbs/11d_runs.ipynb #a34b44ae
+
 def _outcome(normal, scores, x_adv, x, y) -> dict:  # of one attack at one size
     before, after = (torch.tensor(s['predicted'].to_numpy()) for s in (normal, scores))
     far = distortion(x_adv, x)[chosen_pairs(before, after, y)]
