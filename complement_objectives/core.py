@@ -8,7 +8,13 @@ __all__ = ['NUMBER', 'InputError', 'RunFailed', 'choose', 'pick_device', 'evalua
            'seed_everything', 'software_versions']
 
 # %% ../nbs/00_core.ipynb #65fa2e45
-import difflib, hashlib, importlib.metadata, json, os, platform, random
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import random
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
@@ -139,7 +145,7 @@ def check_positive(
     if value is None and none:
         return None
     size = as_number(value, what)
-    if not (0 < size < float('inf') or zero and size == 0):
+    if not (0 < size < float('inf') or (zero and size == 0)):
         least = 'at least' if zero else 'above'
         raise InputError(f'{what} must be finite and {least} 0, got {size:g}')
     return size
@@ -187,7 +193,7 @@ def mismatch(
 ) -> str:  # the first difference in words, or ''
     "Where JSON differs from what is needed."
     if not isinstance(shape, dict):
-        wrong = isinstance(o, bool) and shape == NUMBER or not isinstance(o, shape)
+        wrong = (isinstance(o, bool) and shape == NUMBER) or not isinstance(o, shape)
         return f'{at} is {_kind(o)}' if wrong else ''
     if not isinstance(o, dict):
         return f'{at} is {_kind(o)}'

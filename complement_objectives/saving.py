@@ -7,7 +7,8 @@ __all__ = ['save_tensors', 'read_tensors', 'load_tensors', 'load_header', 'save_
            'classifier_header', 'load_classifier', 'split_tensors', 'join_tensors', 'differences']
 
 # %% ../nbs/05b_saving.ipynb #9ae22166
-import hashlib, json
+import hashlib
+import json
 from pathlib import Path
 
 import torch

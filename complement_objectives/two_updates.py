@@ -6,7 +6,10 @@
 __all__ = ['second_optimizer', 'logits_and_classes', 'ComplementUpdate', 'complement_step', 'complement_trainer']
 
 # %% ../nbs/05a_two_updates.ipynb #8deef0b1
-import inspect, math, warnings, weakref
+import inspect
+import math
+import warnings
+import weakref
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 

@@ -267,7 +267,7 @@ def find(self: CarliniWagnerL2, model, x, aim, bounds, stop, start):
     "One phase: warm where there are passes for it."
     passes = self.binary_search_steps * self.steps
     enough = passes >= 14 + self.looks
-    if isinstance(start, Tensor) or start == 'nearest' and enough:
+    if isinstance(start, Tensor) or (start == 'nearest' and enough):
         return self.search_warm(model, x, aim, bounds, stop, start)
     return self.search_cold(x, partial(aim.penalty, model), bounds, stop)
 

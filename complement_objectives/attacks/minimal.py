@@ -73,7 +73,7 @@ def check_share(
 ) -> float:  # the same, as a float
     "`InputError` unless `value` is above 0 and below 1."
     share = as_number(value, what)
-    if not (0 < share < 1 or one and share == 1):
+    if not (0 < share < 1 or (one and share == 1)):
         least = 'at most' if one else 'below'
         raise InputError(f'{what} is {share:g}: it must be above 0 and {least} 1')
     return share

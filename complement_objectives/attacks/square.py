@@ -31,7 +31,7 @@ def stripes(
     keys: Tensor,  # (N,) from `sample_keys`
 ) -> Tensor:  # (N, C, H, W)
     "Vertical stripes, one pixel wide, low or high at random."
-    n, c, h, w = low.shape
+    _n, c, _h, w = low.shape
     return torch.where(uniform_noise(keys, (c, 1, w)) < 0.5, low, high)
 
 # %% ../../nbs/06j_square.ipynb #651de5fa

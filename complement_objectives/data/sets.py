@@ -6,7 +6,12 @@
 __all__ = ['DATASETS', 'check_file', 'read_idx', 'DataSet', 'data_root', 'load_data']
 
 # %% ../../nbs/03b_datasets.ipynb #46ac3fa8
-import gzip, os, shutil, socket, tempfile, zlib
+import gzip
+import os
+import shutil
+import socket
+import tempfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -22,8 +22,9 @@ def seed_curves(
 ) -> pd.DataFrame:  # attack, objective, eps; value, low, high: see `plot_curves`
     "Mean over seeds, and one standard deviation to either side (as RCE Fig 3)."
     groups = table.groupby(['attack', 'objective', 'eps'], sort=False)['accuracy']
-    mean = groups.agg('mean', skipna=False)
-    spread = groups.agg('std', skipna=False).where(groups.size() > 1, 0.0)
+    mean = groups.agg(lambda a: a.mean(skipna=False))
+    spread = groups.agg(lambda a: a.std(skipna=False))
+    spread = spread.where(groups.size() > 1, 0.0)
     curves = pd.DataFrame(dict(value=mean, low=mean - spread, high=mean + spread))
     return curves.reset_index()
 

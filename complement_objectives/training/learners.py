@@ -12,7 +12,7 @@ from fastai.learner import Learner
 from fastai.torch_core import maybe_gather
 from torch import Tensor
 
-from ..losses import lr_find  # fastai's, for losses below zero
+from ..losses import lr_find  # noqa: F401 losses below zero
 
 # %% ../../nbs/07a_learners.ipynb #32d7bea0
 class Attached(Callback):

@@ -6,7 +6,8 @@
 __all__ = ['EpochSeeds', 'not_finite', 'check_weights', 'ResumableTraining']
 
 # %% ../../nbs/07j_resume.ipynb #62bb4ab2
-import json, random
+import json
+import random
 from pathlib import Path
 
 import torch

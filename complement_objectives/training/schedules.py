@@ -7,7 +7,9 @@ __all__ = ['PRESETS', 'Preset', 'he2016_cifar', 'wrn', 'imagenet', 'tiny_imagene
            'rce_cifar']
 
 # %% ../../nbs/07i_schedules.ipynb #8c3b6215
-import inspect, math, warnings
+import inspect
+import math
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 
