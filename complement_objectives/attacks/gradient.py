@@ -78,16 +78,16 @@ class GradientAttack(PlainCall, FixedEpsilonAttack):
         seed: int = 0,  # of the random start
         step_rule: str = None,  # of `STEP_RULES`; None: by the start
     ):
-        own = rel_stepsize is not None or abs_stepsize is not None
+        explicit = rel_stepsize is not None or abs_stepsize is not None
         self.steps = steps
         self._rel_stepsize = check_positive(rel_stepsize, 'rel_stepsize', none=True)
         self.abs_stepsize = abs_stepsize
-        if own and step_rule is not None:
+        if explicit and step_rule is not None:
             raise InputError(
                 f"step_rule is '{step_rule}' and a step size is given: give one of them"
             )
         usual = 'crossing' if random_start else self.usual
-        self.step_rule = None if own else step_rule or usual
+        self.step_rule = None if explicit else step_rule or usual
         self.random_start, self.loss, self.seed = random_start, loss, seed
 
     @property

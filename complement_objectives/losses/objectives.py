@@ -178,30 +178,13 @@ def plain_label_cross_entropy(
 ) -> Tensor:  # (M,) loss
     "Cross-entropy against a label with two levels, of each row."
     logp = z.log_softmax(1)
-    loss = 0.0  # 0*log p is 0, also where p is
+    loss = 0.0  # a label of 0 adds nothing, also where log p is -inf
     if wrong:
         is_true = torch.arange(z.shape[1], device=z.device) == t[:, None]
         loss = loss - wrong * logp.masked_fill(is_true, 0).sum(1)
     if true:
         loss = loss - true * logp.gather(1, t[:, None]).squeeze(1)
     return loss
-
-
-def _label_loss(
-    true: float,  # the label at the true class
-    wrong: float,  # the label at every other class
-    logits: Tensor,  # this and the rest: see `loss_of_rows`
-    target: Tensor,
-    weight: Tensor,
-    ignore_index: int,
-    reduction: str,
-) -> Tensor:
-    "`plain_label_cross_entropy` with what all losses have."
-    rows = partial(plain_label_cross_entropy, true=true, wrong=wrong)
-    fast = partial(in_closed_form, partial(label_kernel, true=true, wrong=wrong))
-    return loss_of_rows(
-        logits, target, rows, fast, 1.0, weight, ignore_index, reduction
-    )
 
 # %% ../../nbs/01a_objectives.ipynb #deab6f9a
 def reverse_cross_entropy(
@@ -224,6 +207,23 @@ class ReverseCrossEntropyLoss(RowLoss):
 
     def forward(self, logits, target):
         return reverse_cross_entropy(logits, target, **self.settings())
+
+# %% ../../nbs/01a_objectives.ipynb #b24129f6
+def _label_loss(
+    true: float,  # the label at the true class
+    wrong: float,  # the label at every other class
+    logits: Tensor,  # this and the rest: see `loss_of_rows`
+    target: Tensor,
+    weight: Tensor,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    "`plain_label_cross_entropy` with what all losses have."
+    rows = partial(plain_label_cross_entropy, true=true, wrong=wrong)
+    fast = partial(in_closed_form, partial(label_kernel, true=true, wrong=wrong))
+    return loss_of_rows(
+        logits, target, rows, fast, 1.0, weight, ignore_index, reduction
+    )
 
 # %% ../../nbs/01a_objectives.ipynb #a88c3d5d
 def smoothed_cross_entropy(

@@ -231,8 +231,8 @@ def _restore_states(modules, states):
 
 # %% ../../nbs/07b_complement.ipynb #c380ce22
 def check_loss(
-    loss_func,  # a function, None, or one of the names
-    names=(),  # that stand for a loss
+    loss_func,  # a function of logits and classes, None, or one of the names
+    names=(),  # strings that stand for a loss
 ):
     "`InputError` for a complement objective that is none."
     if isinstance(loss_func, str) and names:
@@ -245,8 +245,8 @@ def check_loss(
 
 
 def check_factor(
-    value,  # a number, or one a parameter group
-    name: str,  # for the message
+    value,  # a number, or a list of one per parameter group
+    name: str,  # how the message calls it
 ):
     "`InputError` for what is not finite and at least 0."
     for v in L(value):
@@ -360,7 +360,8 @@ def _ready_opt(self: ComplementTraining):  # with the settings and state of the 
 
 # %% ../../nbs/07b_complement.ipynb #9dc84564
 @patch
-def _second_update(self: ComplementTraining):  # line 3 of Algorithm 1
+def _second_update(self: ComplementTraining):
+    "Line 3 of Algorithm 1."
     learn, states = self.learn, _module_states(self.stateful)
     primary = learn.xb, learn.yb, learn.pred, learn.loss_grad
     for p in learn.model.parameters():
@@ -373,13 +374,15 @@ def _second_update(self: ComplementTraining):  # line 3 of Algorithm 1
 
 
 @patch
-def _replay(self: ComplementTraining, event):  # to mixed precision and clipping
+def _replay(self: ComplementTraining, event):
+    "Send an event to mixed precision and clipping once more."
     for cb in self.partners:
         cb(event)
 
 # %% ../../nbs/07b_complement.ipynb #f6ed2d3b
 @patch
-def _second_pass(self: ComplementTraining, xb, yb, state):  # forward and backward
+def _second_pass(self: ComplementTraining, xb, yb, state):
+    "Forward and backward of the complement loss on one kept batch."
     learn = self.learn
     learn.xb, learn.yb = xb, yb
     _restore_states(self.stateful, state)
@@ -396,7 +399,8 @@ def _second_pass(self: ComplementTraining, xb, yb, state):  # forward and backwa
 
 
 @patch
-def _second_step(self: ComplementTraining):  # unless mixed precision finds an overflow
+def _second_step(self: ComplementTraining):
+    "A step of the second optimizer, unless mixed precision finds an overflow."
     try:
         self._replay('before_step')
         opt = self._ready_opt()
