@@ -69,7 +69,8 @@ class RejectOption(nn.Module):
         return self._put(threshold_at(self.score(hidden, logits), fpr), fpr)
 
     def _put(self, threshold, fpr):
-        "Threshold and rate in one step, which an interrupt leaves undone or done."
+        "A threshold and its rate change together, or not at all."
+        # one update, so an interrupt leaves both as they were or both new
         moved = torch.full_like(self.threshold_, threshold)
         buffers = self._buffers | dict(threshold_=moved)
         self.__dict__.update(_buffers=buffers, fpr=fpr, given=False)

@@ -120,7 +120,7 @@ def _check_target(
 
 def _flat_rows(
     logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalized scores
-    target: Tensor,  # (N,) or (N, d1, …) class indices, or an axis of one more
+    target: Tensor,  # (N,) or (N, d1, …) class indices, or one axis of size 1 more
 ) -> tuple[Tensor, Tensor, int]:  # logits (M, K), target (M,) int64, K
     "Check shapes and dtypes, bring the class axis last and flatten the others."
     logits, target = _without_subclass(logits), _without_subclass(target)
@@ -299,21 +299,21 @@ def loss_of_rows(
     if weight is not None:
         _check_weight(weight, z, k)
         weight = _without_subclass(weight)
-    traced = needs_plain(z)
-    if not traced:
+    followed = needs_plain(z)
+    if not followed:
         _teach_fastai()
-    if traced or t.device.type != 'cpu':
+    if followed or t.device.type != 'cpu':
         keep = t != ignore_index
     else:
         keep = _counting_rows(t, k, ignore_index)
     if keep is not None:
         t = t * keep
-    if traced:
+    if followed:
         t = _looked_up(t, k)
     w, empty = _row_weights(t, keep, weight, reduction == 'mean', scale, z.dtype)
-    by_hand = fast is None or traced or not len(t) or _is_learned(weight)
+    plain = fast is None or followed or not len(t) or _is_learned(weight)
     each = reduction == 'none'
-    loss = (plain_loss if by_hand else fast)(z, t, keep, rows, w, each)
+    loss = (plain_loss if plain else fast)(z, t, keep, rows, w, each)
     if empty is not None:
         loss = loss + empty
     return loss.reshape(logits.select(1, 0).shape) if each and logits.ndim > 2 else loss

@@ -51,7 +51,7 @@ def boundary_crossing(
     predicted = logits.argmax()
     others = torch.arange(len(bias)) != predicted
     A = (weight[predicted] - weight)[others]
-    direction = -torch.linalg.pinv(A).sum(1)
+    direction = -torch.linalg.pinv(A).sum(1)  # -pinv(A) @ 1, shortest with A d = -1
     if (A @ direction + 1).abs().max() > 1e-6:
         raise InputError(
             'along Q₀ the margin is constant: '
