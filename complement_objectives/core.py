@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'InputError', 'RunFailed', 'choose', 'pick_device', 'evaluating', 'weight_type', 'check_count',
-           'check_positive', 'atomic_write', 'save_json', 'json_default', 'mismatch', 'load_json', 'derive_seed',
-           'seed_everything', 'software_versions']
+           'check_positive', 'atomic_write', 'save_json', 'mismatch', 'load_json', 'derive_seed', 'seed_everything',
+           'software_versions']
 
 # %% ../nbs/00_core.ipynb #65fa2e45
 import difflib
@@ -174,8 +174,11 @@ def save_json(
     with atomic_write(path) as temporary:
         temporary.write_text(text + '\n', encoding='utf-8')
 
-
-def json_default(o):  # what `json` cannot write by itself
+# %% ../nbs/00_core.ipynb #795fff3b
+def json_default(
+    o,  # what `json` cannot write by itself
+):  # lists and numbers for arrays and tensors, text for paths
+    "Numpy and torch values, and paths, as `json` can write them."
     if isinstance(o, (np.generic, np.ndarray, torch.Tensor)):
         return o.tolist()
     if isinstance(o, Path):

@@ -20,9 +20,11 @@ from .scores import *
 from .serving import *
 
 # %% ../../nbs/08_detection.ipynb #14ec0916
-__all__ += scores.__all__
-__all__ += density.__all__
-__all__ += detectors.__all__
-__all__ += metrics.__all__
-__all__ += reject.__all__
-__all__ += serving.__all__
+__all__ = [
+    *scores.__all__,
+    *density.__all__,
+    *detectors.__all__,
+    *metrics.__all__,
+    *reject.__all__,
+    *serving.__all__,
+]

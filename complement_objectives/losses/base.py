@@ -6,7 +6,10 @@
 __all__ = ['Range', 'loss_of_rows', 'RowLoss']
 
 # %% ../../nbs/01e_loss_base.ipynb #d43fb24e
-import importlib, math, sys, warnings
+import importlib
+import math
+import sys
+import warnings
 from dataclasses import dataclass
 
 # %% ../../nbs/01e_loss_base.ipynb #6a3f779e

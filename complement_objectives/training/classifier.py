@@ -11,7 +11,7 @@ import time
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
-from fastai.callback.progress import ProgressCallback  # noqa: F401 adds `Learner.no_bar`
+from fastai.callback.progress import ProgressCallback  # noqa: F401 for no_bar
 
 from ..core import InputError, choose, seed_everything
 from ..data import ImageData, dataloaders
