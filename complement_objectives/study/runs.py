@@ -124,7 +124,8 @@ class StudyConfig:
         row = DATASETS[dataset]
         alpha = 1 / 3 if alpha is None else alpha
         OBJECTIVES['gce'].bind(alpha=alpha)  # refused whatever is trained
-        objectives = tuple(find_objective(name)[0] for name in several(objectives))
+        keys = (find_objective(name)[0] for name in several(objectives))
+        objectives = several(keys)  # 'ce' beside 'xe' is one objective
         attacks = several(attacks)
         for name in objectives:
             check_objective(name, row.n_classes, **own_parameters(name, alpha=alpha))

@@ -268,7 +268,8 @@ def find_objective(
     name: str,  # a key of `OBJECTIVES`, or an alias such as 'ce'
 ) -> tuple[str, Objective]:  # the key, and its row
     "The row that a name stands for; `InputError` names the nearest valid ones."
-    name = OBJECTIVE_ALIASES.get(name, name)
+    if name not in OBJECTIVES:
+        name = OBJECTIVE_ALIASES.get(name, name)
     return name, choose(name, OBJECTIVES, 'objective')
 
 
