@@ -854,3 +854,22 @@ def test_what_the_package_loads():
     assert not subprocess.run(
         run, capture_output=True, text=True, check=True
     ).stdout.split()
+
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
+@pytest.mark.parametrize('weight', [None, torch.ones(4)])
+@pytest.mark.parametrize('shape', ['a mean', 'a column', 'a matrix'])
+def test_rows_of_a_wrong_shape_are_refused(shape, weight, reduction):
+    class Wrong(losses.RowLoss):
+        def rows(self, z, t):
+            values = F.cross_entropy(z, t, reduction='none')
+            wrong = {
+                'a mean': values.mean(),
+                'a column': values[:, None],
+                'a matrix': z,
+            }
+            return wrong[shape]
+
+    loss = Wrong(weight=weight, reduction=reduction)
+    with pytest.raises(ValueError, match='rows must return one value a row'):
+        loss(torch.randn(6, 4), torch.arange(6) % 4)

@@ -251,7 +251,11 @@ def plain_loss(
         z = torch.where(keep[:, None], z, z.new_zeros(()))
     if z.dtype in HALF:
         z = z.float()
-    return weigh_rows(rows(z, t), w, each)
+    values = rows(z, t)
+    if static_shape(values) != static_shape(t):  # a mean, for instance
+        got, wanted = tuple(values.shape), tuple(t.shape)
+        raise ValueError(f'rows must return one value a row, {wanted}, got {got}')
+    return weigh_rows(values, w, each)
 
 # %% ../../nbs/01e_loss_base.ipynb #a562c543
 _transformed = getattr(torch._C, '_are_functorch_transforms_active', lambda: True)
