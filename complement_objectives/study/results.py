@@ -55,16 +55,24 @@ def _sizes(runs: list) -> list:  # every attack with every size it ran at
     return [(name, size) for name, a in runs[0]['attacks'].items() for size in a['eps']]
 
 
-def _title_of(run: dict) -> str:  # 'COT'
-    "How tables and figures call a run's objective."
-    return OBJECTIVES[run['objective']].title
+def _titles(objectives) -> dict:  # name → 'COT', or 'COT (cot)' if two are called so
+    "How tables and figures call objectives; by its name one that has no row any more."
+    rows = {name: OBJECTIVES.get(name) for name in objectives}
+    title = {name: row.title if row else name for name, row in rows.items()}
+    known = list(title.values())
+    return {n: t if known.count(t) == 1 else f'{t} ({n})' for n, t in title.items()}
+
+
+def _titles_of(runs: list) -> dict:  # those of all runs
+    return _titles(run['objective'] for run in runs)
 
 
 def _by_objective(runs: list, number, none='–') -> dict:  # title → text over its seeds
     values = {}
     for run in runs:
-        values.setdefault(_title_of(run), []).append(number(run))
-    return {title: over_seeds(shares, none) for title, shares in values.items()}
+        values.setdefault(run['objective'], []).append(number(run))
+    titles = _titles_of(runs)
+    return {titles[name]: over_seeds(shares, none) for name, shares in values.items()}
 
 
 def _table(rows: dict, names: list) -> pd.DataFrame:  # index tuples → columns
@@ -122,9 +130,10 @@ def _accuracies(runs: list) -> pd.DataFrame:  # attack, objective, seed, eps, ac
             found[f'worst case of {over}'] = run['worst_case']
         return found
 
+    titles = _titles_of(runs)
     rows = [
         dict(
-            objective=_title_of(run),
+            objective=titles[run['objective']],
             seed=run['seed'],
             attack=name,
             eps=float(eps),
@@ -186,7 +195,7 @@ def _pairs(config: StudyConfig, data: ImageData, out: Path) -> dict:
         fooled = chosen_pairs(before, after, y).numpy()
         return normal[fooled], adversarial[fooled]
 
-    return {OBJECTIVES[o].title: pair(o) for o in config.objectives}
+    return {title: pair(o) for o, title in _titles(config.objectives).items()}
 
 # %% ../../nbs/11e_results.ipynb #791f9fd6
 def score_figure(
@@ -220,12 +229,12 @@ def hidden_figure(
     out: Path,  # its folder, with the runs of seed 0
 ):  # a matplotlib figure
     "t-SNE of the hidden vectors of up to 1,000 test images, a panel an objective."
-    n = len(config.objectives)
+    n, titles = len(config.objectives), _titles(config.objectives)
     fig, axs = plt.subplots(1, n, figsize=(3 * n, 3), squeeze=False)
     for objective, ax in zip(config.objectives, axs[0]):
         tensors = load_tensors(out / 'runs' / f'{objective}-0' / 'clean.safetensors')
         z = tensors['hidden']
-        plot_hidden(z, data.test_y[: len(z)], OBJECTIVES[objective].title, ax=ax)
+        plot_hidden(z, data.test_y[: len(z)], titles[objective], ax=ax)
     return fig
 
 # %% ../../nbs/11e_results.ipynb #5d4a1f69
@@ -248,17 +257,17 @@ def _training_words(config: StudyConfig) -> str:  # how the networks were traine
         f'at a constant learning rate of {config.lr:g},',
         f'{config.batch_size} images an update. The last epoch counts.',
     ]
-    for name in config.objectives:
+    for name, title in _titles(config.objectives).items():
         objective = OBJECTIVES[name]
         own = objective.bind(**own_parameters(name, alpha=config.alpha))
         settings = [f'{k} {v:.4g}' for k, v in own.items() if isinstance(v, float)]
         if objective.note:
-            words.append(f'{objective.title} {objective.note}.')
+            words.append(f'{title} {objective.note}.')
         if settings:
-            words.append(f'{objective.title} has {", ".join(settings)}.')
+            words.append(f'{title} has {", ".join(settings)}.')
         if objective.reverse:
             words.append(
-                f"{objective.title}'s networks are read with their logits negated, "
+                f"{title}'s networks are read with their logits negated, "
                 'as they predict.'
             )
     return ' '.join(words)
@@ -355,13 +364,14 @@ def _warnings(runs: list) -> list:  # plain words about masked gradients
     so = '.'
     if blind:
         so = f'; their accuracy under {blind} is not a sign of robustness.'
-    words = []
+    words, titles = [], _titles_of(runs)
     for run in runs:
         share = run['clean']['zero_gradient_share']
         if share > 0.01:
             words.append(
-                f'Careful: {100 * share:.1f} % of the test images of {_title_of(run)} '
-                f'seed {run["seed"]} have an input gradient of exactly zero. '
+                f'Careful: {100 * share:.1f} % of the test images of '
+                f'{titles[run["objective"]]} seed {run["seed"]} have an input gradient '
+                'of exactly zero. '
                 f'What follows a gradient cannot move them{so}'
             )
     return words
@@ -405,9 +415,10 @@ def _devices(run) -> str:  # where it was computed
 
 
 def _run_table(runs: list) -> pd.DataFrame:  # a row a run
+    titles = _titles_of(runs)
     rows = [
         {
-            'objective': _title_of(run),
+            'objective': titles[run['objective']],
             'seed': run['seed'],
             'training (s)': round(run['clean']['seconds'], 1),
             'whole run (s)': round(run['seconds'], 1),
@@ -421,9 +432,12 @@ def _run_table(runs: list) -> pd.DataFrame:  # a row a run
 
 def _version_words(runs: list) -> list:  # a sentence for each set of versions
     sets: dict = {}
+    titles = _titles_of(runs)
     for run in runs:
         said = ', '.join(f'{k} {v}' for k, v in run['clean']['versions'].items())
-        sets.setdefault(said, []).append(f'{_title_of(run)} seed {run["seed"]}')
+        sets.setdefault(said, []).append(
+            f'{titles[run["objective"]]} seed {run["seed"]}'
+        )
     if len(sets) == 1:
         return list(sets)
     return [f'{listed(names)}: {said}' for said, names in sets.items()]
@@ -464,8 +478,9 @@ def _accuracy_caption(config, runs) -> str:  # what the figure shows
 
 def _fooled_caption(config, runs) -> str:  # of which images the scores are
     name, eps = _shown(config)
+    titles = _titles_of(runs)
     counts = {
-        _title_of(run): run['attacks'][name]['eps'][eps]['fooled']
+        titles[run['objective']]: run['attacks'][name]['eps'][eps]['fooled']
         for run in runs
         if run['seed'] == 0
     }
@@ -519,7 +534,7 @@ def publish(
     "Write tables, figures and the report."
     tables = write_tables(out, runs)
     figures = write_figures(config, data, out, runs)
-    titles = listed(OBJECTIVES[o].title for o in config.objectives)
+    titles = listed(_titles(config.objectives).values())
     return write_report(
         out / 'report.html',
         f'{titles} on {config.dataset}',
