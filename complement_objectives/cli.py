@@ -72,13 +72,23 @@ class Setting(click.ParamType):
         name, equals, text = value.partition('=')
         if not equals or not name:
             self.fail(f"'{value}' is not NAME=VALUE", param, ctx)
-        pieces = text.split(',')
-        if len(pieces) > 1 and all(p.strip().isdigit() for p in pieces):
-            return name, tuple(int(p) for p in pieces)
+        read = _whole_numbers if ',' in text else fraction
         try:
-            return name, fraction(text)
+            return name, read(text)
         except (ValueError, ArithmeticError):
             return name, text
+
+
+def _whole_numbers(text):  # '0,1'
+    return tuple(int(piece) for piece in text.split(','))
+
+
+def _each_once(ctx, param, settings):  # pairs as a dict
+    names = [name for name, _ in settings]
+    for name in names:
+        if names.count(name) > 1:
+            raise click.BadParameter(f'{name} is given twice')
+    return dict(settings)
 
 # %% ../nbs/12_cli.ipynb #dd4b298f
 REGISTRIES = dict(  # what can be named → package and registry that know the names
@@ -282,6 +292,7 @@ command is given again."""
     'parameters',
     type=Setting(),
     multiple=True,
+    callback=_each_once,
     metavar='NAME=VALUE',
     help="One of the objective's own parameters, such as lam=0.2; may be repeated.",
 )
@@ -333,7 +344,9 @@ command is given again."""
 @click.option(
     '--out',
     type=click.Path(),
-    help='Folder for the network.  [default: models/DATASET-MODEL-OBJECTIVE-SEED]',
+    help='Folder for the network.  [default: models/DATASET-MODEL-OBJECTIVE-SEED, with '
+    "-NAME=VALUE before SEED for each of the objective's parameters that is not at its "
+    'default]',
 )
 @_device
 def train_command(root, out, device, parameters, **settings):
@@ -344,11 +357,11 @@ def train_command(root, out, device, parameters, **settings):
     from tqdm import tqdm
 
     from complement_objectives.study import train_network, training_config
+    from complement_objectives.study.recipes import network_name
     from complement_objectives.training import OBJECTIVES
 
-    config = training_config(parameters=dict(parameters), **settings)
-    name = f'{config.dataset}-{config.model}-{config.objective}-{config.seed}'
-    out = out or f'models/{name}'
+    config = training_config(parameters=parameters, **settings)
+    out = out or f'models/{network_name(config)}'
     with tqdm(total=config.epochs, unit='epoch', disable=None) as bar:
 
         def progress(done, total):
@@ -362,9 +375,10 @@ def train_command(root, out, device, parameters, **settings):
             err=True,
         )
     title = OBJECTIVES[config.objective].title
+    epochs = f'{config.epochs} epoch{"s" if config.epochs > 1 else ""}'
     click.echo(
         f'{title}, {config.model} on {config.dataset}: test accuracy '
-        f'{100 * last:.2f} % after {config.epochs} epochs '
+        f'{100 * last:.2f} % after {epochs} '
         f'({header["seconds"]:.1f} s)\nNetwork: {out}'
     )
 
@@ -418,8 +432,20 @@ def attack_command(folder, attacks, eps, images, seed, root, device):
             bar.update(done - bar.n)
             bar.set_description(name)
 
-        table = attack_saved(folder, attacks, eps, images, seed, root, device, progress)
+        def finished(report):
+            if bar.disable:  # not on a terminal
+                click.echo(_attack_line(report), err=True)
+
+        table = attack_saved(
+            folder, attacks, eps, images, seed, root, device, progress, finished
+        )
     click.echo('\n'.join([in_words(table).to_string(), '', *attack_words(folder)]))
+
+
+def _attack_line(report) -> str:  # what is said about a finished attack
+    sizes = report['sizes'].items()
+    found = [f'{100 * r["accuracy"]:.1f} % at {size}' for size, r in sizes]
+    return f'{report["attack"]}: accuracy {", ".join(found)}'
 
 # %% ../nbs/12_cli.ipynb #7bcbe680
 _DETECT_EXAMPLE = """Example:
@@ -475,7 +501,7 @@ def main(
     except click.exceptions.Abort:
         status = _stopped()
     except click.ClickException as e:
-        status = _say(f'error: {e.format_message()}', 2)
+        status = _say(f'error: {e.format_message()}{_hint(e)}', 2)
     except Exception as e:  # noqa: BLE001 (raised again, unless it is known)
         status = _refused(e)
     sys.exit(status or 0)
@@ -484,6 +510,17 @@ def main(
 def _say(message: str, status: int) -> int:  # one line on standard error
     click.echo(f'cobj: {" ".join(message.split())}', err=True)
     return status
+
+
+def _hint(error) -> str:  # for an objective's own parameter, given as an option
+    if not isinstance(error, click.NoSuchOption) or error.ctx.info_name != 'train':
+        return ''
+    from complement_objectives.training import OBJECTIVES
+
+    name = error.option_name.lstrip('-').replace('-', '_')
+    if any(name in row.parameters for row in OBJECTIVES.values()):
+        return f' It is a parameter of an objective: --parameter {name}=VALUE'
+    return ''
 
 
 def _stopped() -> int:  # by Ctrl-C
@@ -512,3 +549,8 @@ def _refused(error: Exception) -> int:
     if isinstance(error, OSError) and error.filename:
         return _say(f'failed: {error.filename2 or error.filename}: {error.strerror}', 1)
     raise error
+
+# %% ../nbs/12_cli.ipynb #2b51c402
+#| eval: false
+if __name__ == '__main__':
+    main()

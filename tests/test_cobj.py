@@ -11,7 +11,9 @@ from pathlib import Path
 import click
 import pytest
 
+from complement_objectives.attacks import ATTACKS
 from complement_objectives.cli import cli, main
+from complement_objectives.training import OBJECTIVES
 
 COBJ = Path(sys.executable).with_name('cobj')
 SHORT = [
@@ -56,6 +58,11 @@ def refused(capsys, *args):
         (['--alpha', '0'], 'alpha must be finite and greater than 0'),
         (['--alpha', '-1/3'], 'alpha must be finite and greater than 0'),
         (['--alpha', 'third'], 'is not a number'),
+        (
+            ['--alpha', '1/2', '--objectives', 'xe,cot'],
+            'alpha is no parameter of xe (which has none) or cot (which has optimizer)',
+        ),
+        (['--attacks', 'pgd,apgd_ce_l2', '--eps', '1.5'], 'needs L2 radii'),
         (['--seeds', '0'], 'number of seeds'),
         (['--seeds', 'two'], 'not a valid integer'),
         (['--epochs', '0'], 'number of epochs'),
@@ -77,6 +84,12 @@ def test_bad_options(args, said, capsys, tmp_path):
         (['--objective', 'xe,cot'], "unknown objective 'xe,cot'"),
         (['--preset', 'he2016'], 'did you mean he2016_cifar'),
         (['--alpha', '0'], 'alpha must be finite and greater than 0'),
+        (['--alpha', '0.5'], 'alpha is no parameter of xe (which has none)'),
+        (['--objective', 'cot', '--alpha', '1/2'], 'of cot (which has optimizer)'),
+        (
+            ['--objective', 'gce', '--alpha', '1/2', '--parameter', 'alpha=1'],
+            'alpha is given twice',
+        ),
         (['--epochs', '0'], 'epochs must be a whole number of at least 1'),
         (['--batch-size', '0'], 'batch size must be'),
         (['--lr', 'nan'], 'learning rate must be a number above 0'),
@@ -89,6 +102,11 @@ def test_bad_options(args, said, capsys, tmp_path):
         (['--objective', 'smoothed'], 'lam'),
         (['--objective', 'smoothed', '--parameter', 'lam=-1'], 'lam must be finite'),
         (['--objective', 'hcot'], 'groups'),
+        (['--objective', 'hcot', '--parameter', 'groups=²,1'], 'whole numbers'),
+        (['--parameter', 'lam=1', '--parameter', 'lam=2'], 'lam is given twice'),
+        (['--objective', 'smoothed', '--lam', '0.2'], '--parameter lam=VALUE'),
+        (['--objective', 'smoothed', '--lam=0.2'], '--parameter lam=VALUE'),
+        (['--sede', '1'], '--seed'),
     ],
 )
 def test_bad_training_options(args, said, capsys, tmp_path):
@@ -108,6 +126,46 @@ def parameters_of(out, *args):
 def test_parameters_of_an_objective(tmp_path):
     args = ('--objective', 'smoothed', '--parameter', 'lam=1/5')
     assert parameters_of(tmp_path / 'smoothed', *args) == ('smoothed', {'lam': 0.2})
+
+
+def test_groups_are_whole_numbers(tmp_path):
+    groups = [-1] * 5 + [0] * 5
+    given = f'groups={",".join(map(str, groups))}'
+    args = ('--objective', 'hcot', '--parameter', given)
+    assert parameters_of(tmp_path / 'hcot', *args) == ('hcot', {'groups': groups})
+
+
+@pytest.mark.parametrize(
+    'args, name',
+    [
+        (['--objective', 'cot'], 'digits-digits_cnn-cot-0'),
+        (
+            ['--objective', 'smoothed', '--parameter', 'lam=1/5', '--seed', '2'],
+            'digits-digits_cnn-smoothed-lam=0.2-2',
+        ),
+    ],
+)
+def test_place_of_a_network_without_out(args, name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        main(['train', *args, '--epochs', '1', '--device', 'cpu'])
+    assert not exit.value.code
+    assert [o.name for o in (tmp_path / 'models').iterdir()] == [name]
+    said = capsys.readouterr().out
+    assert 'after 1 epoch (' in said and f'models/{name}' in said
+
+
+def test_a_row_whose_name_is_a_path(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(OBJECTIVES, 'a/b', OBJECTIVES['xe'])
+    monkeypatch.setitem(ATTACKS, 'a/b', ATTACKS['fgsm'])
+    for args in (
+        ['study', '--objectives', 'a/b'],
+        ['study', '--attacks', 'a/b'],
+        ['train', '--objective', 'a/b'],
+    ):
+        assert 'cannot be the name of a file' in refused(capsys, *args)
+    assert not list(tmp_path.iterdir())
 
 
 def test_ce_is_another_name_for_xe(tmp_path):
@@ -405,8 +463,14 @@ def test_damaged_network(capsys, tmp_path):
 
 
 def test_other_configuration_is_refused(undisturbed, capsys):
-    message = refused(capsys, *SHORT, '--out', str(undisturbed[0]), '--alpha', '1/2')
-    assert 'belongs to another study (alpha' in message
+    message = refused(capsys, *SHORT, '--out', str(undisturbed[0]), '--seeds', '2')
+    assert 'belongs to another study (seeds' in message
+
+
+def test_run_as_a_module():
+    command = [sys.executable, '-m', 'complement_objectives.cli', 'studdy']
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 2 and 'studdy' in process.stderr
 
 
 @pytest.mark.parametrize('command', [None, *cli.commands])

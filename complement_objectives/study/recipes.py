@@ -39,7 +39,6 @@ from complement_objectives.training import (
     as_json,
     check_objective,
     find_objective,
-    own_parameters,
     train_classifier,
 )
 
@@ -75,14 +74,19 @@ def training_config(
     adversarial: float | None = None,  # ε of adversarial training
     precision: str = 'fp32',  # a key of `PRECISIONS`
     seed: int = 0,  # any integer from 0
-    alpha: float | None = None,  # short for `alpha` in `parameters`, where it has one
+    alpha: float | None = None,  # short for `alpha` in `parameters`
 ) -> TrainingConfig:  # complete
     "Fill in what is missing; `InputError` for anything that cannot be trained."
     choose(dataset, DATASETS, 'dataset')
     choose(precision, PRECISIONS, 'precision')
     objective, row = find_objective(objective)
-    shared = {} if alpha is None else _checked_alpha(objective, alpha)
-    parameters = as_json(row.bind(**shared | (parameters or {})))
+    given = dict(parameters or {})
+    if alpha is not None:
+        check_alpha(alpha, objective)
+        if 'alpha' in given:
+            raise InputError('alpha is given twice, as itself and as a parameter')
+        given['alpha'] = alpha
+    parameters = as_json(row.bind(**given))
     recipe = DATASETS[dataset]
     model = recipe.model if model is None else model
     choose(model, MODELS, 'model')
@@ -128,10 +132,52 @@ def _check_reals(lr, adversarial):  # numbers, and in their ranges?
             f'the ε of adversarial training must be in (0, 1], got {adversarial!r}'
         )
 
+# %% ../../nbs/11a_training_configs.ipynb #77756687
+def check_alpha(
+    alpha,  # exponent of GCE's guiding factor
+    *objectives,  # keys of `OBJECTIVES`
+):
+    "`InputError` where GCE could not take it, or none of the objectives has it."
+    OBJECTIVES['gce'].bind(alpha=alpha)
+    own = {name: OBJECTIVES[name].parameters for name in objectives}
+    if any('alpha' in parameters for parameters in own.values()):
+        return
+    have = [f'{name} (which has {", ".join(p) or "none"})' for name, p in own.items()]
+    raise InputError(f'alpha is no parameter of {" or ".join(have)}: leave it out')
 
-def _checked_alpha(objective, alpha) -> dict:  # empty where the objective has none
-    OBJECTIVES['gce'].bind(alpha=alpha)  # what GCE could not take is always refused
-    return own_parameters(objective, alpha=alpha)
+# %% ../../nbs/11a_training_configs.ipynb #2c15d25d
+def file_name(
+    *parts,  # names and numbers
+) -> str:  # joined by '-'
+    "What a file or folder can be called; `InputError` for what would be a path."
+    name = '-'.join(str(part) for part in parts)
+    if name.startswith('.') or set(name) & set('/\\\0'):
+        raise InputError(
+            f'{name!r} cannot be the name of a file or folder: '
+            "it must have no '/', no '\\' and no dot in front"
+        )
+    return name
+
+
+def _words(value) -> str:  # of a parameter
+    if isinstance(value, list):
+        return ','.join(map(str, value))
+    return f'{value:g}' if isinstance(value, Real) else str(value)
+
+
+def network_name(
+    config: TrainingConfig,  # what is trained
+) -> str:  # 'digits-digits_cnn-gce-alpha=0.5-0'
+    "Data set, network, objective, its parameters that are no defaults, and seed."
+    known = OBJECTIVES[config.objective].parameters
+    usual = as_json({name: p.default for name, p in known.items()})
+    own = [
+        f'{name}={_words(value)}'
+        for name, value in config.parameters.items()
+        if value != usual.get(name)
+    ]
+    named = config.dataset, config.model, config.objective, *own
+    return file_name(*named, config.seed)
 
 # %% ../../nbs/11a_training_configs.ipynb #0c8c3eb6
 def _optimizer(config):  # what `train_classifier` needs of the schedule

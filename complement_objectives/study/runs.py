@@ -19,13 +19,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from complement_objectives.attacks import (
-    ATTACKS,
-    attack,
-    attack_settings,
-    check_eps,
-    radii,
-)
+from ..attacks import attack, attack_settings, check_eps, radii
 from complement_objectives.core import (
     NUMBER,
     InputError,
@@ -59,7 +53,12 @@ from complement_objectives.saving import (
     read_tensors,
     save_tensors,
 )
-from .recipes import check_learned, forget_failed
+from complement_objectives.study.recipes import (
+    check_alpha,
+    check_learned,
+    file_name,
+    forget_failed,
+)
 from complement_objectives.training import (
     OBJECTIVES,
     check_objective,
@@ -75,8 +74,11 @@ def _plain_number(value):  # a number, out of a tensor or array of one
 
 def given_radii(
     eps,  # L∞ radii: a number, several, or a tensor or array of them
+    attacks=(),  # names of the attacks that are to run at them
 ) -> tuple:  # floats in [0, 1], ascending, each once
-    "Check the radii and put them in order."
+    "Check the radii, whether the attacks can run at such, and put them in order."
+    for name in attacks:
+        radii(name, ())  # refuses one whose radii are of another norm
     if isinstance(eps, (torch.Tensor, np.ndarray)):
         eps = torch.as_tensor(eps).reshape(-1).tolist()
     if isinstance(eps, (str, Real)):
@@ -122,16 +124,15 @@ class StudyConfig:
         "Fill in the data set's row; `InputError` for what cannot be studied."
         choose(dataset, DATASETS, 'dataset')
         row = DATASETS[dataset]
-        alpha = 1 / 3 if alpha is None else alpha
-        OBJECTIVES['gce'].bind(alpha=alpha)  # refused whatever is trained
         keys = (find_objective(name)[0] for name in several(objectives))
         objectives = several(keys)  # 'ce' beside 'xe' is one objective
+        if alpha is not None:
+            check_alpha(alpha, *objectives)
+        alpha = 1 / 3 if alpha is None else alpha
         attacks = several(attacks)
         for name in objectives:
             check_objective(name, row.n_classes, **own_parameters(name, alpha=alpha))
-        for name in attacks:
-            choose(name, ATTACKS, 'attack')
-        eps = given_radii(row.eps if eps is None else eps)
+        eps = given_radii(row.eps if eps is None else eps, attacks)
         if epochs is None:
             epochs = row.epochs
         if attack_images is None:
@@ -178,6 +179,8 @@ def open_folder(
 
     `InputError` when it is a file, not writable, or belongs to something else.
     """
+    for name in (*config.objectives, *config.attacks):
+        file_name(name)  # files and folders in it are called like these
     out, ours = Path(out), config_dict(config)
     if out.exists() and not out.is_dir():
         raise InputError(f'{out} is a file: name a folder with --out')

@@ -46,6 +46,7 @@ from complement_objectives.evaluation import (
 )
 from ..models import forward_batches
 from ..saving import load_classifier, read_tensors, save_tensors
+from .recipes import file_name
 from .report import listed, write_report
 from complement_objectives.study.runs import (
     KNOW_DETECTOR,
@@ -85,11 +86,15 @@ def attack_saved(
     root=None,  # where the data sets lie, see `data_root`
     device: str = 'auto',  # 'auto', 'cpu' or 'cuda'
     progress=None,  # called with (attacks done, attacks in all, what is next)
+    finished=None,  # called with the report of each attack, when it is done
 ) -> pd.DataFrame:  # as `attack_results` gives it
     "Attack a saved network; `attacks/NAME.json` and `.safetensors` hold what came out."
-    eps, names = given_radii(eps), several(names)
+    names = several(names)
+    eps = given_radii(eps, names)
     if not names:
         raise InputError('at least one attack is needed, got none')
+    for name in names:
+        file_name(name)
     model, _, data = _load(folder, root, device)
     settings = {name: _detector(folder, name) for name in names}
     for name in names:
@@ -101,7 +106,10 @@ def attack_saved(
     for i, name in enumerate(names):
         if progress:
             progress(i, len(names), name)
-        _attack_one(model, x, clean, name, settings[name], radii(name, eps), seed, into)
+        what = name, settings[name], radii(name, eps), seed
+        report = _attack_one(model, x, clean, *what, into)
+        if finished:
+            finished(report)
     return attack_results(folder)
 
 # %% ../../nbs/11f_saved.ipynb #175253aa
@@ -138,7 +146,7 @@ def _outcome(before, after, labels, x_adv, x):  # of one attack at one size
 
 
 def _attack_one(model, x, clean, name, settings, sizes, seed, into):
-    "One attack at all of its sizes, written."
+    "One attack at all of its sizes, written; returns the report."
     y, results, tensors = clean['labels'], {}, dict(clean)
     for eps in sizes:
         size = size_name(eps)
@@ -157,6 +165,7 @@ def _attack_one(model, x, clean, name, settings, sizes, seed, into):
     )
     save_tensors(tensors, into / f'{name}.safetensors', report)
     save_json(report, into / f'{name}.json')
+    return report
 
 # %% ../../nbs/11f_saved.ipynb #f444ab6b
 _REPORT = dict(
