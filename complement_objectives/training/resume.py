@@ -19,6 +19,7 @@ from complement_objectives.core import (
     InputError,
     RunFailed,
     derive_seed,
+    json_default,
     seed_everything,
 )
 from complement_objectives.saving import (
@@ -87,6 +88,8 @@ class ResumableTraining(Callback):
         on_epoch=None,  # called with (epochs done, epochs in all)
     ):
         self.path = Path(path)
+        if not self.path.parent.is_dir():
+            raise InputError(f'{self.path.parent} is no folder: make it first')
         self.settings = settings or {}
         self.on_epoch = on_epoch
         self.seeds = EpochSeeds(seed)
@@ -94,7 +97,7 @@ class ResumableTraining(Callback):
 
     def before_fit(self):
         run = dict(seed=self.seeds.seed, epochs=self.n_epoch)
-        self.settings = {**self.settings, **run}
+        self.settings = _as_read({**self.settings, **run})
         self.seeds.learn = self.learn
         self.rows = []
         if self.path.exists():
@@ -114,6 +117,10 @@ class ResumableTraining(Callback):
                 self._save()
         if self.on_epoch:
             self.on_epoch(self.epoch + 1, self.n_epoch)
+
+
+def _as_read(settings: dict) -> dict:  # from a file: lists, numbers of Python
+    return json.loads(json.dumps(settings, default=json_default))
 
 
 def _number(value) -> float:  # a metric that is missing is NaN
@@ -182,7 +189,7 @@ def _check_header(self: ResumableTraining, header):
         raise InputError(
             f'{self.path} is no checkpoint of this library: delete it or name another'
         )
-    apart = differences(header['settings'], json.loads(json.dumps(self.settings)))
+    apart = differences(header['settings'], self.settings)
     if apart:
         raise InputError(
             f'{self.path} belongs to another run ({apart}): delete it or name another'
