@@ -1108,6 +1108,7 @@ def test_autocast_ends_with_our_mixed_precision(event, tmp_path):
     [
         (lambda: ComplementTraining(loss_func='primry'), 'did you mean primary'),
         (lambda: ComplementTraining(loss_func=3), 'loss_func'),
+        (lambda: ComplementTraining(ComplementEntropyLoss), 'Loss\\(\\)'),
         (lambda: ComplementTraining(optimizer='secnd'), 'did you mean second'),
         (lambda: ComplementTraining(wd=-1), 'wd must be'),
         (lambda: ComplementTraining(wd=math.nan), 'wd must be'),
@@ -1117,6 +1118,8 @@ def test_autocast_ends_with_our_mixed_precision(event, tmp_path):
         (lambda: JointComplementTraining(weight=math.nan), 'weight must be'),
         (lambda: JointComplementTraining(weight=math.inf), 'weight must be'),
         (lambda: JointComplementTraining(weight=-1), 'weight must be'),
+        (lambda: JointComplementTraining(weight=[1.0]), 'weight is'),
+        (lambda: JointComplementTraining(weight=None), 'weight is'),
         (lambda: GuidedComplementTraining(warmup=math.nan), 'warmup must be'),
         (lambda: GuidedComplementTraining(schedule=0.5), 'schedule'),
         (lambda: GuidanceRecorder(alpha=math.nan), 'alpha must be'),
@@ -1171,6 +1174,7 @@ NOT_TRAINED = [
     (dict(seed=2**32), 'seed must be'),
     (dict(device='foo'), "device is 'foo'"),
     (dict(checkpoint='no/such/folder/x'), 'no/such/folder is no folder'),
+    (dict(checkpoint='.'), 'is a folder'),
     (dict(model=digits_cnn(n_classes=12)), r'\(2, 12\), and digits has 10 classes'),
     (dict(model=digits_cnn(n_classes=9)), r'\(2, 9\), and digits has 10 classes'),
     (dict(name='hcot', groups=(0, 0, 1)), '10 for HCOT, got 3'),
@@ -1332,6 +1336,12 @@ def soft(learn):  # targets that are probabilities
             opt_func=lambda p, lr: OptimWrapper(p, opt=torch.optim.SGD, lr=lr)
         ),
         'soft targets': soft,
+        'decay of more groups': lambda l: l.to_complement(wd=[0.1, 0.2]),
+        'decay of no group': lambda l: l.to_complement(wd=[], optimizer='shared'),
+        'no optimizer': lambda l: l.to_complement(opt_func=lambda p, lr: None),
+        'a bare optimizer': lambda l: l.to_complement(
+            opt_func=lambda p, lr: torch.optim.SGD(p[0], lr)
+        ),
     }.items(),
     ids=lambda o: o[0],
 )
@@ -1341,6 +1351,18 @@ def test_refused_before_the_first_update(way):
     with pytest.raises((ValueError, RuntimeError)):
         quiet(learn)
     assert moved(learn.model, before) == 0
+
+
+def test_a_callback_that_moves_to_another_learner():
+    first, second, apart = (learner(batches(), network()) for _ in range(3))
+    callback = ComplementTraining()
+    quiet(first.add_cb(callback))
+    quiet(second.add_cb(callback))
+    assert not [cb for cb in first.cbs if not isinstance(cb, TrainEvalCallback)]
+    quiet(apart.to_complement())
+    assert all(
+        p.equal(q) for p, q in zip(second.model.parameters(), apart.model.parameters())
+    )
 
 
 def test_lookahead_is_refused_before_the_first_update():

@@ -98,7 +98,7 @@ def _check_device(device) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError):
         raise InputError(
-            f"device is {device!r}, which is not there: use 'cpu' or, with a GPU, 'cuda'"
+            f"device is {device!r}, which is not here: use 'cpu' or, with a GPU, 'cuda'"
         ) from None
 
 
@@ -134,7 +134,10 @@ def train_classifier(
 ) -> tuple:  # classifier in evaluation mode; dict of `history` and `seconds`
     """Train `model` from where it stands and return an ordinary classifier.
 
-    Its highest logit is the prediction, for RCE too, whose network comes inside a
+    `epochs` passes over the training images, in batches of `batch_size`, in the order
+    that `seed` decides. `precision` is 'fp32', 'bf16' or, on a GPU, 'fp16'.
+
+    The highest logit is the prediction, for RCE too, whose network comes inside a
     `ReverseLogits`. The report's `history` has a row an epoch, `seconds` is the time of
     the fit. With a `checkpoint` an interrupted training goes on to the same last bit;
     one of other settings is refused, and a training whose weights become infinite ends

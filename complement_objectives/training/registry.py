@@ -382,7 +382,7 @@ def check_objective(
     n_classes = check_count(n_classes, 'the number of classes', 0)
     least = objective.min_classes
     if n_classes < least:
-        why = n_classes > 1 and objective.why or f'it needs at least {least}'
+        why = (n_classes > 1 and objective.why) or f'it needs at least {least}'
         classes = 'class' if n_classes == 1 else 'classes'
         raise InputError(
             f'{objective.title} is not defined for {n_classes} {classes} ({why})'

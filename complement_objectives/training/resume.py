@@ -76,7 +76,12 @@ class ResumableTraining(Callback):
     """Checkpoint after every epoch.
 
     A later `fit` of the same length goes on where the file ends, with the same
-    final numbers."""
+    final numbers.
+
+    `seed`, `settings` and the number of epochs must be those of the file, or it is
+    refused with an `InputError`; so is a file of another network. `RunFailed` where an
+    epoch leaves weights that are infinite or NaN: the file is then as it was before.
+    """
 
     order = 61  # after the recorder
 
@@ -90,6 +95,8 @@ class ResumableTraining(Callback):
         self.path = Path(path)
         if not self.path.parent.is_dir():
             raise InputError(f'{self.path.parent} is no folder: make it first')
+        if self.path.is_dir():
+            raise InputError(f'{self.path} is a folder: name a file')
         self.settings = settings or {}
         self.on_epoch = on_epoch
         self.seeds = EpochSeeds(seed)
