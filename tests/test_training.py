@@ -1,6 +1,7 @@
 """The training callbacks in learners that are not theirs: tables, text, masks, callbacks of one's own, interruptions."""
 
 import copy
+import inspect
 import math
 import subprocess
 import sys
@@ -55,10 +56,20 @@ from complement_objectives.training.reverse import ReverseTraining, accuracy_for
 from complement_objectives.losses import (
     ComplementEntropyLoss,
     GuidedComplementEntropyLoss,
+    Range,
     ReverseCrossEntropyLoss,
 )
 from complement_objectives.models import ReverseLogits, digits_cnn
-from complement_objectives.training import DeviceMixedPrecision, objective_learner
+from complement_objectives.training import (
+    DeviceMixedPrecision,
+    Objective,
+    Parameter,
+    ResumableTraining,
+    check_objective,
+    objective_learner,
+    train_classifier,
+)
+from complement_objectives.training.registry import _TAKEN
 
 # --- helpers
 
@@ -1097,6 +1108,7 @@ def test_autocast_ends_with_our_mixed_precision(event, tmp_path):
     [
         (lambda: ComplementTraining(loss_func='primry'), 'did you mean primary'),
         (lambda: ComplementTraining(loss_func=3), 'loss_func'),
+        (lambda: ComplementTraining(ComplementEntropyLoss), 'Loss\\(\\)'),
         (lambda: ComplementTraining(optimizer='secnd'), 'did you mean second'),
         (lambda: ComplementTraining(wd=-1), 'wd must be'),
         (lambda: ComplementTraining(wd=math.nan), 'wd must be'),
@@ -1106,6 +1118,8 @@ def test_autocast_ends_with_our_mixed_precision(event, tmp_path):
         (lambda: JointComplementTraining(weight=math.nan), 'weight must be'),
         (lambda: JointComplementTraining(weight=math.inf), 'weight must be'),
         (lambda: JointComplementTraining(weight=-1), 'weight must be'),
+        (lambda: JointComplementTraining(weight=[1.0]), 'weight is'),
+        (lambda: JointComplementTraining(weight=None), 'weight is'),
         (lambda: GuidedComplementTraining(warmup=math.nan), 'warmup must be'),
         (lambda: GuidedComplementTraining(schedule=0.5), 'schedule'),
         (lambda: GuidanceRecorder(alpha=math.nan), 'alpha must be'),
@@ -1142,6 +1156,147 @@ def test_settings_refused_at_once(make, message):
     with pytest.raises(InputError, match=message) as caught:
         make()
     assert '\n' not in str(caught.value)
+
+
+TEN = digits()
+NOT_TRAINED = [
+    (dict(lr=-1), 'lr must be'),
+    (dict(lr=math.nan), 'lr must be'),
+    (dict(lr='x'), 'lr is'),
+    (dict(epochs='2'), 'epochs must be'),
+    (dict(epochs=1.5), 'epochs must be'),
+    (dict(epochs=0), 'epochs must be'),
+    (dict(epochs=True), 'epochs must be'),
+    (dict(batch_size=0), 'batch_size must be'),
+    (dict(batch_size=2.5), 'batch_size must be'),
+    (dict(seed=-1), 'seed must be'),
+    (dict(seed='a'), 'seed must be'),
+    (dict(seed=2**32), 'seed must be'),
+    (dict(device='foo'), "device is 'foo'"),
+    (dict(checkpoint='no/such/folder/x'), 'no/such/folder is no folder'),
+    (dict(checkpoint='.'), 'is a folder'),
+    (dict(model=digits_cnn(n_classes=12)), r'\(2, 12\), and digits has 10 classes'),
+    (dict(model=digits_cnn(n_classes=9)), r'\(2, 9\), and digits has 10 classes'),
+    (dict(name='hcot', groups=(0, 0, 1)), '10 for HCOT, got 3'),
+    (dict(name='hcot', groups=()), 'groups must be'),
+    (dict(name='hcot', groups=(-1,) * 10), 'groups must be'),
+    (dict(name='hcot', groups=(10**30,) * 10), 'groups must be'),
+    (dict(name='gce', alpha=True), 'alpha must be'),
+    (dict(name='gce', alfa=1), 'did you mean alpha'),
+    (dict(loss_func=nn.CrossEntropyLoss()), 'XE has no parameters'),
+]
+
+
+@pytest.mark.parametrize('wrong, message', NOT_TRAINED)
+def test_a_classifier_refused_before_any_work(wrong, message, tmp_path):
+    given = dict(name='xe', epochs=1, checkpoint=tmp_path / 'checkpoint') | wrong
+    model = given.pop('model', digits_cnn())
+    before = [copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]]
+    with pytest.raises(InputError, match=message) as caught:
+        train_classifier(TEN, model, **given)
+    assert '\n' not in str(caught.value)
+    assert not any(tmp_path.iterdir())
+    assert [m.training for m in model.modules()] == before[1]
+    assert all(p.equal(before[0][k]) for k, p in model.state_dict().items())
+
+
+@pytest.mark.parametrize('n_classes', [0, 1, -1, 2.5, None, '10'])
+@pytest.mark.parametrize('name', ['xe', 'cot', 'gce', 'rce', 'pc'])
+def test_a_number_of_classes_that_makes_no_sense(name, n_classes):
+    says = 'not defined for|number of classes must be'
+    with pytest.raises(InputError, match=says) as caught:
+        check_objective(name, n_classes)
+    assert '()' not in str(caught.value)
+
+
+GROUPS = np.arange(10) // 5
+
+
+@pytest.mark.parametrize(
+    'name, given',
+    [
+        ('gce', dict(alpha=np.float32(0.5))),
+        ('gce', dict(alpha=torch.tensor(0.5))),
+        ('gce', dict(alpha=np.int64(1))),
+        ('hcot', dict(groups=GROUPS)),
+        ('hcot', dict(groups=torch.from_numpy(GROUPS))),
+    ],
+)
+def test_a_checkpoint_of_numpy_settings_goes_on(name, given, tmp_path):
+    def train():
+        seed_everything(0)
+        return train_classifier(
+            TEN,
+            digits_cnn(),
+            name,
+            epochs=np.int64(1),
+            batch_size=np.int32(256),
+            lr=np.float32(1e-3),
+            seed=np.int64(3),
+            checkpoint=tmp_path / 'checkpoint',
+            settings=dict(eps=np.float32(0.1), over=(1, 2)),
+            **given,
+        )[1]['history']
+
+    assert train() == train()
+
+
+def test_settings_that_no_file_can_hold_are_told_at_once(tmp_path):
+    cb = ResumableTraining(tmp_path / 'checkpoint', settings=dict(a={1}))
+    learn = learner(batches(), network()).add_cb(cb)
+    before = parameters(learn.model)
+    with pytest.raises(TypeError, match='cannot write set'):
+        quiet(learn)
+    assert moved(learn.model, before) == 0
+
+
+NUMBER = Parameter(1.0, Range(low=0))
+NO_ROWS = [
+    (dict(title=None), 'title must be a text'),
+    (dict(loss=None), 'loss must be a class'),
+    (dict(loss=nn.CrossEntropyLoss()), 'loss makes no loss'),
+    (dict(loss=lambda z, y: 0), 'loss makes no loss'),
+    (dict(loss=lambda: 3), 'loss must be what makes a function'),
+    (dict(own=dict(beta=0.1)), 'own must be a dict'),
+    (dict(own=dict(beta=NUMBER)), 'loss makes no loss'),
+    (dict(own=['beta']), 'own must be a dict'),
+    (dict(beside={3: NUMBER}), 'beside must be a dict'),
+    (dict(callbacks=[]), 'callbacks must be a class'),
+    (dict(min_classes='2'), 'min_classes must be'),
+    (dict(beside=dict(alpha=NUMBER)), 'alpha means something else'),
+    *[
+        (dict(beside={name: NUMBER}), f'{name} means something')
+        for name in sorted(_TAKEN)
+    ],
+]
+
+
+@pytest.mark.parametrize('wrong, message', NO_ROWS)
+def test_a_row_that_could_not_train(wrong, message):
+    row = dict(title='X', source='here', loss=GuidedComplementEntropyLoss)
+    with pytest.raises(InputError, match=message):
+        Objective(**row | wrong)
+
+
+@pytest.mark.parametrize('make', [objective_learner, train_classifier, check_objective])
+def test_arguments_are_no_names_of_parameters(make):
+    assert (
+        not {'dls', 'model', *inspect.signature(make).parameters}
+        - _TAKEN
+        - {'kwargs', 'parameters'}
+    )
+
+
+@pytest.mark.parametrize('callbacks, n', [(None, 0), ([], 0), (noop, 1)])
+def test_callbacks_of_a_row(callbacks, n):
+    row = Objective('X', 'here', nn.CrossEntropyLoss, callbacks=lambda: callbacks)
+    assert len(row.learner_callbacks()) == n
+
+
+@pytest.mark.parametrize('given', [(0.5, float), ('a', Range(high=1)), (1, ['a'])])
+def test_a_parameter_whose_default_or_range_is_wrong(given):
+    with pytest.raises(InputError):
+        Parameter(*given)
 
 
 def ours(**kwargs):
@@ -1181,6 +1336,12 @@ def soft(learn):  # targets that are probabilities
             opt_func=lambda p, lr: OptimWrapper(p, opt=torch.optim.SGD, lr=lr)
         ),
         'soft targets': soft,
+        'decay of more groups': lambda l: l.to_complement(wd=[0.1, 0.2]),
+        'decay of no group': lambda l: l.to_complement(wd=[], optimizer='shared'),
+        'no optimizer': lambda l: l.to_complement(opt_func=lambda p, lr: None),
+        'a bare optimizer': lambda l: l.to_complement(
+            opt_func=lambda p, lr: torch.optim.SGD(p[0], lr)
+        ),
     }.items(),
     ids=lambda o: o[0],
 )
@@ -1190,6 +1351,18 @@ def test_refused_before_the_first_update(way):
     with pytest.raises((ValueError, RuntimeError)):
         quiet(learn)
     assert moved(learn.model, before) == 0
+
+
+def test_a_callback_that_moves_to_another_learner():
+    first, second, apart = (learner(batches(), network()) for _ in range(3))
+    callback = ComplementTraining()
+    quiet(first.add_cb(callback))
+    quiet(second.add_cb(callback))
+    assert not [cb for cb in first.cbs if not isinstance(cb, TrainEvalCallback)]
+    quiet(apart.to_complement())
+    assert all(
+        p.equal(q) for p, q in zip(second.model.parameters(), apart.model.parameters())
+    )
 
 
 def test_lookahead_is_refused_before_the_first_update():

@@ -135,7 +135,13 @@ class AdversarialTraining(Callback):
     """Train on adversarial images (GCE §5.3).
 
     PGD on cross-entropy is inside, the learner's own loss outside. `bounds` that are
-    not given come from a fastai `Normalize` in the loader, or are 0 and 1."""
+    not given come from a fastai `Normalize` in the loader, or are 0 and 1.
+
+    `eps` and `step` are parts of that range: 8/255 is eight gray levels. `mode` is the
+    network's in the inner loop, `inner_loss` another loss to climb, `trades` the weight
+    β of TRADES, which trains on the clean images too. A batch costs `steps` passes
+    more. `InputError` for settings out of range, and for images out of bounds.
+    """
 
     order, run_valid = MixedPrecision.order - 1, False
 

@@ -12,8 +12,16 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.progress import ProgressCallback  # noqa: F401 for no_bar
+from fastcore.foundation import L
 
-from ..core import InputError, choose, seed_everything
+from complement_objectives.core import (
+    InputError,
+    check_count,
+    check_positive,
+    choose,
+    evaluating,
+    seed_everything,
+)
 from ..data import ImageData, dataloaders
 from ..models import ReverseLogits
 from .resume import EpochSeeds, ResumableTraining
@@ -21,6 +29,7 @@ from .learners import Attached
 from complement_objectives.training.registry import (
     adam,
     as_json,
+    check_objective,
     find_objective,
     objective_learner,
 )
@@ -76,6 +85,33 @@ class DeviceMixedPrecision(Attached, MixedPrecision):
 
 PRECISIONS = dict(fp32=[], bf16=[AMPMode.BF16], fp16=[AMPMode.FP16])
 
+# %% ../../nbs/07l_classifier.ipynb #93b29f30
+def _check_seed(seed) -> int:
+    seed = check_count(seed, 'seed', 0)
+    if seed >= 2**32:
+        raise InputError(f'seed must be below 2**32, got {seed}')
+    return seed
+
+
+def _check_device(device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError):
+        raise InputError(
+            f"device is {device!r}, which is not here: use 'cpu' or, with a GPU, 'cuda'"
+        ) from None
+
+
+def _check_outputs(model, data, device):  # has the network a logit for each class?
+    x = data.pixels(data.train_x[:2]).to(device)
+    with evaluating(model), torch.no_grad():
+        shape = tuple(getattr(model(x), 'shape', ()))
+    if shape[1:] != (data.n_classes,):
+        raise InputError(
+            f'the network answers {len(x)} images with shape {shape}, and {data.name} '
+            f'has {data.n_classes} classes: it needs one logit a class'
+        )
+
 # %% ../../nbs/07l_classifier.ipynb #f4dccc70
 def train_classifier(
     data: ImageData,  # both splits
@@ -98,11 +134,22 @@ def train_classifier(
 ) -> tuple:  # classifier in evaluation mode; dict of `history` and `seconds`
     """Train `model` from where it stands and return an ordinary classifier.
 
-    `history` has a row an epoch. RCE's network comes with its logits negated.
+    `epochs` passes over the training images, in batches of `batch_size`, in the order
+    that `seed` decides. `precision` is 'fp32', 'bf16' or, on a GPU, 'fp16'.
+
+    The highest logit is the prediction, for RCE too, whose network comes inside a
+    `ReverseLogits`. The report's `history` has a row an epoch, `seconds` is the time of
+    the fit. With a `checkpoint` an interrupted training goes on to the same last bit;
+    one of other settings is refused, and a training whose weights become infinite ends
+    with `RunFailed`. What cannot be trained is an `InputError` at once.
     """
-    if epochs < 1:
-        raise InputError(f'epochs must be at least 1, got {epochs}')
-    name, objective = find_objective(name)
+    epochs = check_count(epochs, 'epochs')
+    batch_size = check_count(batch_size, 'batch_size')
+    lr = check_positive(lr, 'lr')
+    seed = _check_seed(seed)
+    device = _check_device(device)
+    name, _ = find_objective(name)
+    objective = check_objective(name, data.n_classes, **parameters)
     parameters = objective.bind(**parameters)
     modes = choose(precision, PRECISIONS, 'precision')
     settings = dict(
@@ -118,12 +165,15 @@ def train_classifier(
     else:
         seeds = ResumableTraining(checkpoint, seed, settings)
     seed_everything(seed)
+    dls = dataloaders(data, batch_size, device, augment)
+    model = model.to(device)
+    _check_outputs(model, data, device)
     learn = objective_learner(
-        dataloaders(data, batch_size, device, augment),
-        model.to(device),
+        dls,
+        model,
         name,
         opt_func,
-        [*cbs, *map(DeviceMixedPrecision, modes), seeds],
+        [*L(cbs), *map(DeviceMixedPrecision, modes), seeds],
         **parameters,
     )
     if progress is not None:

@@ -242,6 +242,10 @@ def check_loss(
             f'loss_func is {loss_func!r}: '
             'give a function of logits and classes, or None'
         )
+    if isinstance(loss_func, type):
+        raise InputError(
+            f'loss_func is a class: give a loss of it, {loss_func.__name__}()'
+        )
 
 
 def check_factor(
@@ -258,6 +262,12 @@ class ComplementTraining(ComplementCallback):
 
     The complement objective is `ComplementEntropyLoss()` (COT Eq 3) with the learner's
     `ignore_index`, or `loss_func`; 'primary' is the learner's own loss, a control.
+
+    The second update has an `optimizer` state of its own ('second', as published, made
+    by `opt_func` or the learner's) or the learner's ('shared'). Its learning rate and
+    momentum are those of the moment; `wd` is another weight decay. The recorder has an
+    epoch's mean as `complement_loss`. `InputError` for settings that cannot work at
+    once, for other callbacks that cannot when the fit begins, MixUp for instance.
     """
 
     order = 12
@@ -333,6 +343,12 @@ class ComplementTraining(ComplementCallback):
 @patch
 def _make_opt(self: ComplementTraining):  # the optimizer of the complement update
     opt, opt_func = self.learn.opt, self.second_func or self.learn.opt_func
+    n_values, n_groups = len(L(self.second_wd)), len(opt.param_lists)
+    if self.second_wd is not None and n_values not in (1, n_groups):
+        raise InputError(
+            f'wd has {n_values} values for {n_groups} parameter groups: '
+            'give one, or one a group'
+        )
     if self.optimizer == 'shared':
         return opt
     if isinstance(opt_func, OptimWrapper):
@@ -343,6 +359,8 @@ def _make_opt(self: ComplementTraining):  # the optimizer of the complement upda
     if isinstance(opt, Lookahead):
         raise InputError("Lookahead cannot be doubled: use optimizer='shared'")
     second = opt_func([list(group) for group in opt.param_lists], lr=self.learn.lr)
+    if not hasattr(second, 'hypers'):
+        raise InputError(f'opt_func made {second!r}: it must make a fastai optimizer')
     if isinstance(opt, OptimWrapper) != isinstance(second, OptimWrapper):
         raise InputError(
             "one optimizer is fastai's and the other torch's, and they name "
@@ -414,5 +432,9 @@ def _second_step(self: ComplementTraining):
 @patch
 @delegates(ComplementTraining.__init__)
 def to_complement(self: Learner, **kwargs):
-    "Train with COT: the learner with a `ComplementTraining`, in place of any it had."
+    """Train with COT: the learner with a `ComplementTraining`, in place of any it had.
+
+    Takes what `ComplementTraining` takes and returns the same learner;
+    `learn.remove_cb(ComplementTraining)` ends it.
+    """
     return self.remove_cb(ComplementCallback).add_cb(ComplementTraining(**kwargs))

@@ -11,11 +11,8 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
-from complement_objectives.training.complement import (
-    ComplementCallback,
-    check_factor,
-    check_loss,
-)
+from ..core import check_positive
+from .complement import ComplementCallback, check_loss
 
 # %% ../../nbs/07d_complement_control.ipynb #0d36d63b
 class JointComplementTraining(ComplementCallback):
@@ -23,6 +20,10 @@ class JointComplementTraining(ComplementCallback):
 
     The sum is the learner's loss plus `weight` times the complement loss, which is
     `ComplementEntropyLoss()` (COT Eq 3) with the learner's `ignore_index`.
+
+    `loss_func` is another objective of logits and classes, `weight` a number of at
+    least 0. The recorder has an epoch's mean as `complement_loss`, not weighted.
+    `InputError` as for `ComplementTraining`.
     """
 
     order = GradientAccumulation.order - 1  # the sum is then scaled like any loss
@@ -33,8 +34,8 @@ class JointComplementTraining(ComplementCallback):
         weight: float = 1.0,  # of the complement loss in the sum, at least 0
     ):
         check_loss(loss_func)
-        check_factor(weight, 'weight')
-        self.complement_loss, self.weight = loss_func, weight
+        self.complement_loss = loss_func
+        self.weight = check_positive(weight, 'weight', zero=True)
 
     def after_loss(self):
         self.try_once()

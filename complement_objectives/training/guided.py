@@ -229,7 +229,13 @@ class _WarmupLoss(ReadsAlike, SmoothedCrossEntropyLoss):
 class GuidedComplementTraining(OwnLoss, GuidanceRecorder):
     """Training by guided complement entropy (GCE Eq 3, §5.1).
 
-    `valid_loss` is that loss at `alpha` in every epoch, between -1 and 0."""
+    `valid_loss` is that loss at `alpha` in every epoch, between -1 and 0.
+
+    `alpha` is above 0. `schedule` gives it for each share done, in [0, 1), of the
+    epochs after `warmup`, those of cross-entropy. `history` has what `record` names,
+    see `GuidanceRecorder`. Further keywords go to the loss. Removing the callback
+    gives the learner its former loss back. `InputError` for what is out of range.
+    """
 
     def __init__(
         self,

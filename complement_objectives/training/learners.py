@@ -37,8 +37,11 @@ class Attached(Callback):
     def learn(self, learn):
         if learn is not None:
             self._check(learn)
-        if self._learn is not None:
-            self._leave(self._learn)
+        former = self._learn
+        if former is not None and learn is not None and former is not learn:
+            former.remove_cb(self)  # which comes back here with None
+        elif former is not None:
+            self._leave(former)
         self._learn = learn
         if learn is not None:
             self._enter(learn)

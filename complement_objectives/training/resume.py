@@ -19,6 +19,7 @@ from complement_objectives.core import (
     InputError,
     RunFailed,
     derive_seed,
+    json_default,
     seed_everything,
 )
 from complement_objectives.saving import (
@@ -75,7 +76,12 @@ class ResumableTraining(Callback):
     """Checkpoint after every epoch.
 
     A later `fit` of the same length goes on where the file ends, with the same
-    final numbers."""
+    final numbers.
+
+    `seed`, `settings` and the number of epochs must be those of the file, or it is
+    refused with an `InputError`; so is a file of another network. `RunFailed` where an
+    epoch leaves weights that are infinite or NaN: the file is then as it was before.
+    """
 
     order = 61  # after the recorder
 
@@ -87,6 +93,10 @@ class ResumableTraining(Callback):
         on_epoch=None,  # called with (epochs done, epochs in all)
     ):
         self.path = Path(path)
+        if not self.path.parent.is_dir():
+            raise InputError(f'{self.path.parent} is no folder: make it first')
+        if self.path.is_dir():
+            raise InputError(f'{self.path} is a folder: name a file')
         self.settings = settings or {}
         self.on_epoch = on_epoch
         self.seeds = EpochSeeds(seed)
@@ -94,7 +104,7 @@ class ResumableTraining(Callback):
 
     def before_fit(self):
         run = dict(seed=self.seeds.seed, epochs=self.n_epoch)
-        self.settings = {**self.settings, **run}
+        self.settings = _as_read({**self.settings, **run})
         self.seeds.learn = self.learn
         self.rows = []
         if self.path.exists():
@@ -114,6 +124,10 @@ class ResumableTraining(Callback):
                 self._save()
         if self.on_epoch:
             self.on_epoch(self.epoch + 1, self.n_epoch)
+
+
+def _as_read(settings: dict) -> dict:  # from a file: lists, numbers of Python
+    return json.loads(json.dumps(settings, default=json_default))
 
 
 def _number(value) -> float:  # a metric that is missing is NaN
@@ -182,7 +196,7 @@ def _check_header(self: ResumableTraining, header):
         raise InputError(
             f'{self.path} is no checkpoint of this library: delete it or name another'
         )
-    apart = differences(header['settings'], json.loads(json.dumps(self.settings)))
+    apart = differences(header['settings'], self.settings)
     if apart:
         raise InputError(
             f'{self.path} belongs to another run ({apart}): delete it or name another'

@@ -53,7 +53,11 @@ class ReverseTraining(OwnLoss):
     """Training by reverse cross-entropy (RCE Eq 4).
 
     Metrics see the negated logits, and what is left on removal is an ordinary
-    classifier."""
+    classifier.
+
+    Keywords go to `ReverseCrossEntropyLoss`: `weight`, (K,) weights of the classes, and
+    `ignore_index`. `InputError` where the learner's loss is RCE's already.
+    """
 
     def __init__(
         self,

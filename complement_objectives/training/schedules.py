@@ -234,7 +234,12 @@ def fit_preset(
     cbs=None,  # further callbacks
     start_epoch: int = 0,  # go on from here, with the optimizer `learn.load` loaded
 ):
-    "Train as a preset says; the learner keeps the preset's optimizer."
+    """Train as a preset says; the learner keeps the preset's optimizer.
+
+    `epochs` is another length, in which the rate drops at the same fractions. To go on
+    after an interruption, load learner and optimizer and give `start_epoch`. Warns of
+    batches of another size than the paper's; `InputError` for an unknown name.
+    """
     if isinstance(preset, str):
         preset = choose(preset, PRESETS, 'preset')
     if epochs is not None:
