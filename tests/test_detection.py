@@ -5,6 +5,7 @@ Each expected value is written out or computed another way."""
 import json
 import math
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ from complement_objectives.detection import (
     confidence,
     coverage,
     create_detector,
+    detector_table,
     detection_metrics,
     export_robust,
     fpr_at_tpr,
@@ -852,6 +854,78 @@ def test_rows_say_what_the_detector_takes(name):
         create_detector(name, nonsense=1)
 
 
+class Narrow(Detector):
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+
+def test_the_table_of_detectors(monkeypatch):
+    monkeypatch.setitem(DETECTORS, 'narrow', DetectorRow(Narrow, dict(size='odd')))
+    table = detector_table()
+    assert list(table.index) == list(DETECTORS) and (table.source[:-1] != '').all()
+    assert table['needs fit'].to_dict() == {n: n in VECTORS for n in DETECTORS}
+    assert table.loc['narrow', 'parameters'] == 'size (odd)'
+    assert table.loc['knn', 'parameters'].startswith('k=10 (a whole number from 1')
+
+
+@pytest.mark.parametrize(
+    'build', [Energy(), lambda: Energy(2.0), partial(Energy, 2.0), 'energy', Small]
+)
+def test_a_row_holds_a_class_of_detectors(build):
+    with pytest.raises(InputError, match='give a class of detectors'):
+        DetectorRow(build)
+    with pytest.raises(InputError, match='did you mean temperature'):
+        DetectorRow(Energy, dict(temprature='above 0'))
+
+
+WRONG_VALUES = {
+    'k': [True, '3', 2.5, 0, -1, None, math.nan, [3]],
+    'max_points': [True, '3', 2.5, 0, math.inf],
+    'max_memory': [True, '3', 2.5, 0, -1],
+    'normalize': ['no', 0, None],
+    'temperature': [True, '1', 0, -1.0, math.nan, math.inf, None, [1.0]],
+    'sigma2': [True, '1', 0, -1.0, math.nan, math.inf, [1.0]],
+    'shrinkage': [True, '0', -0.1, 1.1, math.nan, [0.5]],
+    'dtype': [True, 'int8', 32, torch.int8],
+}
+
+
+@pytest.mark.parametrize('name', DETECTORS)
+def test_values_that_no_detector_can_have_are_refused(name):
+    for setting in DETECTORS[name].parameters():
+        for value in WRONG_VALUES[setting]:
+            with pytest.raises(InputError, match=setting):
+                create_detector(name, **{setting: value})
+
+
+@pytest.mark.parametrize('value', [np.float32(2), np.int64(2), torch.tensor(2), 2])
+def test_numbers_of_any_kind_are_kept_as_plain_ones(value):
+    kept = Energy(value).temperature, KernelDensity(value).sigma2
+    assert kept == (2, 2) and {type(v) for v in kept} == {float}
+    assert type(NearestNeighbors(int(value)).k) is int
+    json.dumps(KernelDensity(value, max_points=int(value)).settings)
+
+
+@pytest.mark.parametrize(
+    'wrong',
+    [lambda s: s[:, None], lambda s: s.mean(), lambda s: s[:-1], list, torch.Tensor.numpy],
+)
+@pytest.mark.parametrize('reads', ['hidden', 'logits'])
+def test_scores_of_a_wrong_shape_are_refused(reads, wrong):
+    class Wrong(Detector):
+        def raw_scores(self, hidden, logits):
+            return wrong((hidden if reads == 'hidden' else logits).sum(1))
+
+    detector = Wrong()
+    detector.reads = reads
+    for score in (detector.score, detector, RejectOption(detector).score):
+        with pytest.raises(InputError, match='Wrong must be one number an input, '):
+            score(normal(5, 3), normal(5, 4))
+    with pytest.raises(InputError, match='one number an input'):
+        detector.score_samples(normal(5, 3))
+
+
 def test_what_is_missing_is_told_in_the_words_of_the_class():
     x, y = torch.rand(60, 1, 4, 4), torch.arange(60) % 4
     robust = RobustClassifier(Small(), KernelDensity())
@@ -1251,7 +1325,7 @@ def test_what_could_not_be_loaded_is_not_saved(network, info, word, tmp_path):
 def test_settings_that_could_not_be_loaded_are_not_saved(tmp_path):
     robust, _ = digits_robust('knn')
     robust.option.detector.k = 0
-    with pytest.raises(InputError, match='k is 0'):
+    with pytest.raises(InputError, match='k must be a whole number'):
         save_robust(robust, NETWORK, tmp_path / 'new')
 
     class Named(Plain):
