@@ -1,6 +1,7 @@
 "Inputs that the pages on intervals, metrics, checks and threat models do not show."
 
 import math
+import pickle
 import warnings
 
 import foolbox as fb
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from scipy.stats import binomtest, norm
 from torch import nn
 
+from complement_objectives.attacks import ATTACKS as ROWS
 from complement_objectives.attacks import (
     FGSM,
     FMN,
@@ -24,6 +26,8 @@ from complement_objectives.attacks import (
     WorstCase,
 )
 from complement_objectives.core import InputError
+from complement_objectives.data import DATASETS
+from complement_objectives.detection import DETECTORS
 from complement_objectives.evaluation import (
     accuracy,
     auc_interval,
@@ -64,6 +68,9 @@ from complement_objectives.intervals import (
     share_interval,
     tpr_interval,
 )
+
+from complement_objectives.models import MODELS, Architecture
+from complement_objectives.training import PRESETS
 
 torch.set_num_threads(1)
 PGD10 = PGD(steps=10, rel_stepsize=0.25)
@@ -891,3 +898,16 @@ def test_tables_are_printed_in_their_units():
     row[('success', 'value')] = math.nan
     text = printed(pd.DataFrame([row])).iloc[0].tolist()
     assert text == ['3', '50.0 [25.0, 75.0]', '2.0 [1.0, 3.0]', '–']
+
+
+@pytest.mark.parametrize(
+    'table', [ROWS, DATASETS, DETECTORS, MODELS, PRESETS], ids=lambda t: next(iter(t))
+)
+def test_rows_go_to_another_process(table):
+    for name, row in table.items():
+        sent = pickle.loads(pickle.dumps(row))
+        assert type(sent) is type(row) and sent.title == row.title, name
+        if isinstance(row, Architecture):
+            assert sent.parameters() == row.parameters(), name
+        else:
+            assert sent == row, name

@@ -909,7 +909,13 @@ def test_numbers_of_any_kind_are_kept_as_plain_ones(value):
 
 @pytest.mark.parametrize(
     'wrong',
-    [lambda s: s[:, None], lambda s: s.mean(), lambda s: s[:-1], list, torch.Tensor.numpy],
+    [
+        lambda s: s[:, None],
+        lambda s: s.mean(),
+        lambda s: s[:-1],
+        list,
+        torch.Tensor.numpy,
+    ],
 )
 @pytest.mark.parametrize('reads', ['hidden', 'logits'])
 def test_scores_of_a_wrong_shape_are_refused(reads, wrong):
