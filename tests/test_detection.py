@@ -412,6 +412,36 @@ def test_rates_outside_of_their_range_are_refused(rate):
             )
 
 
+@pytest.mark.parametrize('rate', ['0.1', True, [0.1, 0.2], 'x'])
+def test_rates_that_are_no_numbers_are_refused(rate):
+    scores = np.arange(99.0)
+    for call in (
+        lambda: tpr_at_fpr(scores, scores, rate),
+        lambda: fpr_at_tpr(scores, scores, rate),
+        lambda: threshold_at(scores, rate),
+        lambda: RejectOption(Confidence(), rate),
+        lambda: RejectOption(Confidence()).fit(None, normal(99, 3), rate),
+    ):
+        with pytest.raises(InputError, match='[ft]pr is'):
+            call()
+    option = RejectOption(Confidence(), torch.tensor(0.25)).fit(None, normal(99, 3))
+    assert option.fpr == 0.25 and type(option.fpr) is float
+
+
+@pytest.mark.parametrize(
+    'answers, labels', [([0, 1, -1], [0, 1]), ([0, 1], [[0], [1]]), ([0, 1], [1])]
+)
+def test_answers_without_their_labels_are_refused(answers, labels):
+    with pytest.raises(InputError, match='give one of each'):
+        selective_accuracy(answers, labels)
+
+
+@pytest.mark.parametrize('right', [[1], [0.5, 1, 1], [2, 1, 0], []])
+def test_risks_without_booleans_are_refused(right):
+    with pytest.raises(InputError, match='3 scores need 3 booleans'):
+        risk_coverage([3.0, 2.0, 1.0], right)
+
+
 @pytest.mark.parametrize('n', [3, 10, 49, 97, 300])
 def test_auc_of_separated_scores_is_exactly_one(n):
     row = detection_metrics(np.arange(n) + 1000, np.arange(n)).loc['AUC']
@@ -734,6 +764,44 @@ def test_a_network_without_weights_takes_arrays():
     x, y = torch.rand(60, 1, 4, 4), torch.arange(60) % 4
     robust = RobustClassifier(NoWeights(), Confidence()).fit(x, y).calibrate(x, 0.2)
     assert robust(x.numpy())[0].tolist() == robust(x)[0].tolist()
+
+
+@pytest.mark.parametrize('wrong', ['knn', KernelDensity, DETECTORS['knn'], None, 3])
+def test_what_is_no_detector_is_refused(wrong):
+    with pytest.raises(InputError, match='the detector is'):
+        RejectOption(wrong)
+    if wrong is not None:
+        with pytest.raises(InputError, match='the detector is'):
+            RobustClassifier(Small(), wrong)
+
+
+@pytest.mark.parametrize('threshold', ['0.1', True, math.nan, [0.1, 0.2]])
+def test_what_is_no_threshold_is_refused(threshold):
+    with pytest.raises(InputError, match='threshold is'):
+        RobustClassifier(Small(), Confidence(), threshold)
+
+
+def test_bytes_are_no_pixels():
+    robust, x, y = small_robust()
+    for images in ((255 * x).byte(), (255 * x).byte().numpy(), x.int()):
+        for call in (robust, robust.calibrate, lambda images: robust.fit(images, y)):
+            with pytest.raises(InputError, match='x.float'):
+                call(images)
+
+
+@pytest.mark.parametrize('name', DETECTORS)
+def test_vectors_and_logits_in_different_numbers(name):
+    z, labels = clusters()
+    detector = create_detector(name).fit(z, labels)
+    for score in (detector.score, RejectOption(detector).score):
+        with pytest.raises(InputError, match='give one of each an input'):
+            score(z[:5], normal(4, 3))
+    if name in VECTORS:
+        with pytest.raises(InputError, match='no features to fit on'):
+            create_detector(name).fit(z[:, :0], labels)
+    if name in ('knn', 'k-density'):
+        with pytest.raises(InputError, match='seed must be a whole number'):
+            create_detector(name).fit(z, labels, seed=1.5)
 
 
 @pytest.mark.parametrize('name', DETECTORS)

@@ -240,7 +240,15 @@ def attack(
     progress=None,  # called as progress(images done, images in all) after each batch
     **settings,  # of the attack
 ) -> Tensor:  # like `x`; an image on which the attack failed is unchanged
-    "Attack `model`; `InputError` when an argument cannot be used."
+    """Attack `model`; `InputError` when an argument cannot be used.
+
+    `x` are N images of pixels in [0, 1], `y` their classes as integers, and `name` a
+    key of `ATTACKS`, whose row gives the source. `eps` is a radius in the norm of the
+    attack and in units of the pixel range: 8/255 is about 0.031 in L∞. Attacks that
+    look for the nearest image take None for no limit. What an attack can be told
+    beside is in `ATTACKS[name].parameters`. Returned are images of the same shape, type
+    and range; where the attack failed, the image as it was.
+    """
     chosen = make_attack(name, **settings)
     if eps is not None and norm_name(chosen) == 'L∞':
         eps = check_eps(eps)

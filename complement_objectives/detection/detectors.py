@@ -75,6 +75,7 @@ class Detector(nn.Module):
         number for a whole set by `score`; its name for this is `score_samples`.)"""
         self._check_fitted()
         logits = None if logits is None else as_tensor(logits)
+        _check_numbers(hidden, logits)
         if self.reads == 'hidden':
             read = hidden = self._checked_vectors(as_tensor(hidden), logits)
         else:
@@ -107,6 +108,17 @@ def _full_precision(values):
     if exporting or not torch.is_autocast_enabled(values.device.type):
         return nullcontext()
     return torch.autocast(values.device.type, enabled=False)
+
+
+def _check_numbers(hidden, logits):
+    "Are there as many of both?"
+    if hidden is None or logits is None or torch.compiler.is_exporting():
+        return
+    if len(hidden) != len(logits):
+        raise InputError(
+            f'{len(hidden)} hidden vectors and {len(logits)} logits or classes '
+            'do not match: give one of each an input'
+        )
 
 
 def _checked_logits(logits):
@@ -250,7 +262,14 @@ class Energy(Detector):
 
 # %% ../../nbs/08c_detectors.ipynb #8765e18a
 class KernelDensity(Detector):
-    "Log kernel density of hidden vectors within the predicted class: RCE §3.4."
+    """Log kernel density of hidden vectors within the predicted class: RCE §3.4.
+
+    `fit(hidden, labels)` keeps the vectors (N, D) of each class and selects the
+    bandwidth σ² where none was given; `score(hidden, logits)` gives each input the
+    logarithm of the density at its vector, within the class its logits predict:
+    higher = more normal, NaN where vector or logits are not finite. `InputError` for
+    vectors of another dimension, `NotFittedError` before `fit`.
+    """
 
     title = 'K-density'
     vectors = 'points_'
@@ -312,7 +331,7 @@ def _training_set(features, labels):
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     _check_vectors(features, labels)
-    if not len(features):
+    if not features.numel():
         raise InputError('no features to fit on')
     if not features.isfinite().all():
         raise InputError(
