@@ -129,18 +129,19 @@ class AttackRow:
     def traits(self) -> dict:  # an empty text where it has no such setting
         "Norm, steps, step size, start and loss."
         attack = self.example
-        steps = getattr(attack, 'steps', None) or getattr(attack, 'n_queries', '')
+        steps = getattr(attack, 'steps', None) or getattr(attack, 'n_queries', None)
         fixed = isinstance(attack, FixedEpsilonAttack)
-        return {
+        traits = {
             'norm': norm_name(attack),
             'radius': 'eps' if fixed else 'smallest',
             'steps': steps,
-            'step rule': getattr(attack, 'step_rule', ''),
-            'step / eps': getattr(attack, 'rel_stepsize', ''),
+            'step rule': getattr(attack, 'step_rule', None),
+            'step / eps': getattr(attack, 'rel_stepsize', None),
             'start': _start(attack),
-            'loss': getattr(attack, 'loss', ''),
+            'loss': getattr(attack, 'loss', None),
             'source': self.source,
         }
+        return {name: '' if v is None else v for name, v in traits.items()}
 
 # %% ../../nbs/06l_attack_registry.ipynb #ccf20950
 def _gce_pgd(steps: int = 40, **settings) -> PGD:
