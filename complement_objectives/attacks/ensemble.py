@@ -93,7 +93,7 @@ def _broken(attack, model, x, y, eps):  # (N,) booleans; also for attacks of foo
     if isinstance(attack, PlainCall):
         return attack(model, x, y, epsilons=eps)[2]
     with prepared(model, x, y, unit=False) as (ready, images, criterion):
-        return attack(ready, images, criterion, epsilons=eps)[2]
+        return attack(ready, images, criterion, epsilons=eps)[2].to(x.device)
 
 
 def _radius_of(attack, eps):  # a number, or by norm
