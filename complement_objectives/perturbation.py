@@ -32,6 +32,8 @@ def check_images(
     bounds: tuple = (0, 1),  # smallest and largest value of a pixel
 ) -> torch.Tensor:  # the images; cut to the bounds where a rounding led out of them
     "`InputError` unless the images are floating point and within the bounds."
+    if not isinstance(x, torch.Tensor):
+        raise InputError(f'images are {type(x).__name__}: give a torch tensor')
     if not x.is_floating_point():
         raise InputError(
             f'images are {x.dtype}: convert them to floating point in [0, 1], '
@@ -58,6 +60,11 @@ def check_labels(
     n: int,  # number of images
 ):
     "`InputError` unless there is one class index for every image."
+    if not isinstance(y, torch.Tensor):
+        raise InputError(
+            f'labels are {type(y).__name__}: '
+            f'give a torch tensor of class indices, shape ({n},)'
+        )
     if y.shape != (n,):
         raise InputError(
             f'labels have shape {tuple(y.shape)}: '

@@ -1,6 +1,7 @@
 "Inputs that the pages on intervals, metrics, checks and threat models do not show."
 
 import math
+import pickle
 import warnings
 
 import foolbox as fb
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from scipy.stats import binomtest, norm
 from torch import nn
 
+from complement_objectives.attacks import ATTACKS as ROWS
 from complement_objectives.attacks import (
     FGSM,
     FMN,
@@ -22,8 +24,11 @@ from complement_objectives.attacks import (
     Square,
     Transfer,
     WorstCase,
+    robust_accuracy,
 )
 from complement_objectives.core import InputError
+from complement_objectives.data import DATASETS
+from complement_objectives.detection import DETECTORS
 from complement_objectives.evaluation import (
     accuracy,
     auc_interval,
@@ -40,6 +45,8 @@ from complement_objectives.evaluation import (
     compare_checks,
     correct,
     crafted,
+    detection_auc,
+    detection_table,
     distortion,
     flags,
     lost_gradients,
@@ -64,6 +71,9 @@ from complement_objectives.intervals import (
     share_interval,
     tpr_interval,
 )
+
+from complement_objectives.models import MODELS, Architecture
+from complement_objectives.training import PRESETS
 
 torch.set_num_threads(1)
 PGD10 = PGD(steps=10, rel_stepsize=0.25)
@@ -891,3 +901,97 @@ def test_tables_are_printed_in_their_units():
     row[('success', 'value')] = math.nan
     text = printed(pd.DataFrame([row])).iloc[0].tolist()
     assert text == ['3', '50.0 [25.0, 75.0]', '2.0 [1.0, 3.0]', '–']
+
+
+@pytest.mark.parametrize(
+    'table', [ROWS, DATASETS, DETECTORS, MODELS, PRESETS], ids=lambda t: next(iter(t))
+)
+def test_rows_go_to_another_process(table):
+    for name, row in table.items():
+        sent = pickle.loads(pickle.dumps(row))
+        assert type(sent) is type(row) and sent.title == row.title, name
+        if isinstance(row, Architecture):
+            assert sent.parameters() == row.parameters(), name
+        else:
+            assert sent == row, name
+
+
+@pytest.mark.parametrize(
+    'rights',
+    [
+        [np.array([1, 0, 1]) > 0, [True, True, False]],
+        dict(a=torch.tensor([1, 0, 1]), b=torch.tensor([1.0, 1.0, 0.0])),
+        (torch.tensor(r) > 0 for r in ([1, 0, 1], [1, 1, 0])),
+        [pd.Series([1, 0, 1]) > 0, pd.Series([1, 1, 0])],
+    ],
+)
+def test_the_worst_case_of_booleans_of_any_kind(rights):
+    found = worst_case(rights)
+    assert found.dtype == torch.bool and found.tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    'right',
+    [[0.5, 1.0], [math.nan, 1.0], torch.ones(2, 2), torch.tensor(True), [2], 'ab'],
+)
+def test_what_is_no_boolean_an_image_is_refused(right):
+    for call in (lambda: accuracy(right), lambda: worst_case([right])):
+        with pytest.raises(InputError, match='one boolean an image|numbers are needed'):
+            call()
+    with pytest.raises(InputError, match='one boolean an image'):
+        worst_case(torch.tensor([1, 0]))  # the results of one attack, in no list
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (lambda x, y: (x.numpy(), y), 'images are ndarray'),
+        (lambda x, y: (x, y.tolist()), 'labels are list'),
+        (lambda x, y: (255 * x, y), 'normalize inside'),
+        (lambda x, y: (x * math.nan, y), 'nan'),
+        (lambda x, y: ((255 * x).byte(), y), 'x.float.*255'),
+        (lambda x, y: (x, y.float()), 'as integers'),
+        (lambda x, y: (x, y[:, None]), 'one class index each'),
+        (lambda x, y: (x, y + 10), 'the model has 3 classes'),
+        (lambda x, y: (x, y - 1), 'the model has 3 classes'),
+    ],
+)
+def test_images_and_classes_that_cannot_be_judged(change, words):
+    net, x, y = data()
+    x, y = change(x, y)
+    for call in (
+        lambda: correct(net, x, y),
+        lambda: zero_gradient_share(net, x, y),
+        lambda: robust_accuracy(net, x, y, [FGSM()], 0.1),
+        lambda: robust_accuracy(net, x, y, fb.attacks.FGSM(), 0.1),
+    ):
+        with pytest.raises(InputError, match=words):
+            call()
+
+
+@pytest.mark.parametrize('given', ['fgsm', FGSM, None, 3])
+def test_what_is_no_attack_is_refused(given):
+    net, x, y = data()
+    for call in (
+        lambda: WorstCase([FGSM(), given]),
+        lambda: Transfer(given, net),
+        lambda: robust_accuracy(net, x, y, [FGSM(), given], 0.1),
+        lambda: robust_accuracy(net, x, y, dict(a=given), {math.inf: 0.1}),
+    ):
+        with pytest.raises(InputError, match='give attacks'):
+            call()
+    assert WorstCase(FGSM()).attacks[0].distance == FGSM().distance
+
+
+def test_tables_of_scores_that_do_not_fit():
+    columns = ('confidence', 'non-ME', 'K-density')
+    scores = pd.DataFrame({'predicted': [0, 1], **{c: [1.0, 2.0] for c in columns}})
+    for other, y, words in (
+        (scores.drop(columns='non-ME'), [0, 1], "no column 'non-ME'"),
+        (scores.drop(columns='predicted'), [0, 1], "no column 'predicted'"),
+        (scores, torch.tensor(1), 'give one of each'),
+        (scores, [[0], [1]], 'give one of each'),
+    ):
+        for judge in (detection_auc, detection_table):
+            with pytest.raises(InputError, match=words):
+                judge(scores, other, y)

@@ -5,6 +5,7 @@ Each expected value is written out or computed another way."""
 import json
 import math
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ from complement_objectives.detection import (
     confidence,
     coverage,
     create_detector,
+    detector_table,
     detection_metrics,
     export_robust,
     fpr_at_tpr,
@@ -410,6 +412,36 @@ def test_rates_outside_of_their_range_are_refused(rate):
             )
 
 
+@pytest.mark.parametrize('rate', ['0.1', True, [0.1, 0.2], 'x'])
+def test_rates_that_are_no_numbers_are_refused(rate):
+    scores = np.arange(99.0)
+    for call in (
+        lambda: tpr_at_fpr(scores, scores, rate),
+        lambda: fpr_at_tpr(scores, scores, rate),
+        lambda: threshold_at(scores, rate),
+        lambda: RejectOption(Confidence(), rate),
+        lambda: RejectOption(Confidence()).fit(None, normal(99, 3), rate),
+    ):
+        with pytest.raises(InputError, match='[ft]pr is'):
+            call()
+    option = RejectOption(Confidence(), torch.tensor(0.25)).fit(None, normal(99, 3))
+    assert option.fpr == 0.25 and type(option.fpr) is float
+
+
+@pytest.mark.parametrize(
+    'answers, labels', [([0, 1, -1], [0, 1]), ([0, 1], [[0], [1]]), ([0, 1], [1])]
+)
+def test_answers_without_their_labels_are_refused(answers, labels):
+    with pytest.raises(InputError, match='give one of each'):
+        selective_accuracy(answers, labels)
+
+
+@pytest.mark.parametrize('right', [[1], [0.5, 1, 1], [2, 1, 0], []])
+def test_risks_without_booleans_are_refused(right):
+    with pytest.raises(InputError, match='3 scores need 3 booleans'):
+        risk_coverage([3.0, 2.0, 1.0], right)
+
+
 @pytest.mark.parametrize('n', [3, 10, 49, 97, 300])
 def test_auc_of_separated_scores_is_exactly_one(n):
     row = detection_metrics(np.arange(n) + 1000, np.arange(n)).loc['AUC']
@@ -734,6 +766,44 @@ def test_a_network_without_weights_takes_arrays():
     assert robust(x.numpy())[0].tolist() == robust(x)[0].tolist()
 
 
+@pytest.mark.parametrize('wrong', ['knn', KernelDensity, DETECTORS['knn'], None, 3])
+def test_what_is_no_detector_is_refused(wrong):
+    with pytest.raises(InputError, match='the detector is'):
+        RejectOption(wrong)
+    if wrong is not None:
+        with pytest.raises(InputError, match='the detector is'):
+            RobustClassifier(Small(), wrong)
+
+
+@pytest.mark.parametrize('threshold', ['0.1', True, math.nan, [0.1, 0.2]])
+def test_what_is_no_threshold_is_refused(threshold):
+    with pytest.raises(InputError, match='threshold is'):
+        RobustClassifier(Small(), Confidence(), threshold)
+
+
+def test_bytes_are_no_pixels():
+    robust, x, y = small_robust()
+    for images in ((255 * x).byte(), (255 * x).byte().numpy(), x.int()):
+        for call in (robust, robust.calibrate, lambda images: robust.fit(images, y)):
+            with pytest.raises(InputError, match='x.float'):
+                call(images)
+
+
+@pytest.mark.parametrize('name', DETECTORS)
+def test_vectors_and_logits_in_different_numbers(name):
+    z, labels = clusters()
+    detector = create_detector(name).fit(z, labels)
+    for score in (detector.score, RejectOption(detector).score):
+        with pytest.raises(InputError, match='give one of each an input'):
+            score(z[:5], normal(4, 3))
+    if name in VECTORS:
+        with pytest.raises(InputError, match='no features to fit on'):
+            create_detector(name).fit(z[:, :0], labels)
+    if name in ('knn', 'k-density'):
+        with pytest.raises(InputError, match='seed must be a whole number'):
+            create_detector(name).fit(z, labels, seed=1.5)
+
+
 @pytest.mark.parametrize('name', DETECTORS)
 def test_images_that_nothing_can_be_learned_from(name):
     robust, x, y = small_robust(name)
@@ -850,6 +920,84 @@ def test_rows_say_what_the_detector_takes(name):
     assert (row.title, row.reads) == (row.build.title, row.build.reads)
     with pytest.raises(InputError, match='unknown parameter'):
         create_detector(name, nonsense=1)
+
+
+class Narrow(Detector):
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+
+def test_the_table_of_detectors(monkeypatch):
+    monkeypatch.setitem(DETECTORS, 'narrow', DetectorRow(Narrow, dict(size='odd')))
+    table = detector_table()
+    assert list(table.index) == list(DETECTORS) and (table.source[:-1] != '').all()
+    assert table['needs fit'].to_dict() == {n: n in VECTORS for n in DETECTORS}
+    assert table.loc['narrow', 'parameters'] == 'size (odd)'
+    assert table.loc['knn', 'parameters'].startswith('k=10 (a whole number from 1')
+
+
+@pytest.mark.parametrize(
+    'build', [Energy(), lambda: Energy(2.0), partial(Energy, 2.0), 'energy', Small]
+)
+def test_a_row_holds_a_class_of_detectors(build):
+    with pytest.raises(InputError, match='give a class of detectors'):
+        DetectorRow(build)
+    with pytest.raises(InputError, match='did you mean temperature'):
+        DetectorRow(Energy, dict(temprature='above 0'))
+
+
+WRONG_VALUES = {
+    'k': [True, '3', 2.5, 0, -1, None, math.nan, [3]],
+    'max_points': [True, '3', 2.5, 0, math.inf],
+    'max_memory': [True, '3', 2.5, 0, -1],
+    'normalize': ['no', 0, None],
+    'temperature': [True, '1', 0, -1.0, math.nan, math.inf, None, [1.0]],
+    'sigma2': [True, '1', 0, -1.0, math.nan, math.inf, [1.0]],
+    'shrinkage': [True, '0', -0.1, 1.1, math.nan, [0.5]],
+    'dtype': [True, 'int8', 32, torch.int8],
+}
+
+
+@pytest.mark.parametrize('name', DETECTORS)
+def test_values_that_no_detector_can_have_are_refused(name):
+    for setting in DETECTORS[name].parameters():
+        for value in WRONG_VALUES[setting]:
+            with pytest.raises(InputError, match=setting):
+                create_detector(name, **{setting: value})
+
+
+@pytest.mark.parametrize('value', [np.float32(2), np.int64(2), torch.tensor(2), 2])
+def test_numbers_of_any_kind_are_kept_as_plain_ones(value):
+    kept = Energy(value).temperature, KernelDensity(value).sigma2
+    assert kept == (2, 2) and {type(v) for v in kept} == {float}
+    assert type(NearestNeighbors(int(value)).k) is int
+    json.dumps(KernelDensity(value, max_points=int(value)).settings)
+
+
+@pytest.mark.parametrize(
+    'wrong',
+    [
+        lambda s: s[:, None],
+        lambda s: s.mean(),
+        lambda s: s[:-1],
+        list,
+        torch.Tensor.numpy,
+    ],
+)
+@pytest.mark.parametrize('reads', ['hidden', 'logits'])
+def test_scores_of_a_wrong_shape_are_refused(reads, wrong):
+    class Wrong(Detector):
+        def raw_scores(self, hidden, logits):
+            return wrong((hidden if reads == 'hidden' else logits).sum(1))
+
+    detector = Wrong()
+    detector.reads = reads
+    for score in (detector.score, detector, RejectOption(detector).score):
+        with pytest.raises(InputError, match='Wrong must be one number an input, '):
+            score(normal(5, 3), normal(5, 4))
+    with pytest.raises(InputError, match='one number an input'):
+        detector.score_samples(normal(5, 3))
 
 
 def test_what_is_missing_is_told_in_the_words_of_the_class():
@@ -1251,7 +1399,7 @@ def test_what_could_not_be_loaded_is_not_saved(network, info, word, tmp_path):
 def test_settings_that_could_not_be_loaded_are_not_saved(tmp_path):
     robust, _ = digits_robust('knn')
     robust.option.detector.k = 0
-    with pytest.raises(InputError, match='k is 0'):
+    with pytest.raises(InputError, match='k must be a whole number'):
         save_robust(robust, NETWORK, tmp_path / 'new')
 
     class Named(Plain):

@@ -792,3 +792,23 @@ def test_a_maker_that_does_not_say_what_it_takes():
     assert row(steps=3).steps == 3 and row.needs == []
     with pytest.raises(InputError, match='unknown setting'):
         AttackRow('own', 'Own', 'here', APGD)(nonsense=3)
+
+
+@pytest.mark.parametrize(
+    'make, settings, words',
+    [
+        (APGD(), {}, 'give a class or a function'),
+        (None, {}, 'give a class or a function'),
+        (APGD, dict(stepz=3), 'did you mean steps'),
+        (APGD, dict(steps=0), 'steps must be a whole number'),
+        (lambda: 3, {}, 'comes out as int'),
+    ],
+)
+def test_a_row_that_makes_no_attack_is_refused(make, settings, words):
+    with pytest.raises(InputError, match=words):
+        AttackRow('own', 'Own', 'here', make, settings)
+
+
+def test_what_is_made_with_the_detector():
+    knowing = [name for name, row in rows.items() if row.knows_detector]
+    assert knowing == [n for n, row in rows.items() if 'density' in row.needs]

@@ -226,7 +226,13 @@ def _reached(logits, target):
 
 
 class APGD(PlainCall, FixedEpsilonAttack):
-    "Auto-PGD in the L∞ ball: Croce & Hein (2020), Algorithm 1."
+    """Auto-PGD in the L∞ ball: Croce & Hein (2020), Algorithm 1.
+
+    It chooses its step sizes itself. Called as `PGD` is, with images of pixels in
+    [0, 1], classes as integers and an L∞ radius as `epsilons`; returned are raw images,
+    images within the radius, and (N,) booleans. `InputError` for what cannot be used.
+    `L2APGD` is the same in L2.
+    """
 
     distance, exact, ball = fb.distances.linf, True, LinfBall
     valid = dict(

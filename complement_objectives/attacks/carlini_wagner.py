@@ -67,7 +67,13 @@ def _check_start(value, what):
 
 # %% ../../nbs/06g_carlini_wagner.ipynb #9aa341e2
 class CarliniWagnerL2(PlainCall, MinimizationAttack):
-    "The L2 attack of Carlini and Wagner (2017): GCE Eq 8–10, RCE §2.3."
+    """The L2 attack of Carlini and Wagner (2017): GCE Eq 8–10, RCE §2.3.
+
+    It looks for the nearest image that fools. Called as `PGD` is; `epsilons` is None
+    for no limit, or an L2 radius in units of the pixel range. Returned are the nearest
+    images found, the same brought within the radius, and (N,) booleans where those
+    fool. `InputError` for a setting that cannot be used.
+    """
 
     distance = l2
     valid = dict(

@@ -16,12 +16,20 @@ from foolbox.attacks.base import Attack, FixedEpsilonAttack
 from foolbox.criteria import Misclassification, TargetedMisclassification
 
 from .base import PlainCall, fooled, goal, prepared
-from .network import as_foolbox
 from ..core import InputError, as_number
 
 # %% ../../nbs/06k_ensemble.ipynb #e1a19d9e
+def _an_attack(attack, what):
+    if not isinstance(attack, Attack):
+        raise InputError(
+            f'{what} is or holds {attack!r}: give attacks, as PGD() makes one'
+        )
+    return attack
+
+
 def _one_norm(attacks, what):
-    attacks = list(attacks)
+    attacks = [attacks] if isinstance(attacks, Attack) else attacks
+    attacks = [_an_attack(a, what) for a in attacks]
     if not attacks:
         raise InputError(f'{what} are none: give at least one attack')
     if len({a.distance.p for a in attacks}) > 1:
@@ -33,7 +41,12 @@ def _one_norm(attacks, what):
 
 
 class WorstCase(PlainCall, FixedEpsilonAttack):
-    "Several attacks as one: an image is broken if one of them breaks it."
+    """Several attacks as one: an image is broken if one of them breaks it.
+
+    Called as `PGD` is, with one radius in the norm that all of them share; later
+    attacks see only what still holds out. Returned are raw images, images within the
+    radius, and (N,) booleans. `InputError` for no attacks, or for different norms.
+    """
 
     unit = False  # its members get the range of the user, for steps in pixel units
     valid = dict(attacks=_one_norm)
@@ -80,7 +93,7 @@ def _broken(attack, model, x, y, eps):  # (N,) booleans; also for attacks of foo
     if isinstance(attack, PlainCall):
         return attack(model, x, y, epsilons=eps)[2]
     with prepared(model, x, y, unit=False) as (ready, images, criterion):
-        return attack(ready, images, criterion, epsilons=eps)[2]
+        return attack(ready, images, criterion, epsilons=eps)[2].to(x.device)
 
 
 def _radius_of(attack, eps):  # a number, or by norm
@@ -95,10 +108,10 @@ def _radius_of(attack, eps):  # a number, or by norm
 
 
 def _named(attacks):  # name → attack
-    if isinstance(attacks, dict):
-        return dict(attacks)
-    attacks = [attacks] if isinstance(attacks, Attack) else attacks
-    return {f'{i + 1} {type(a).__name__}': a for i, a in enumerate(attacks)}
+    if not isinstance(attacks, dict):
+        attacks = [attacks] if isinstance(attacks, Attack) else attacks
+        attacks = {f'{i + 1} {type(a).__name__}': a for i, a in enumerate(attacks)}
+    return {name: _an_attack(a, 'attacks') for name, a in attacks.items()}
 
 
 def robust_accuracy(
@@ -110,14 +123,16 @@ def robust_accuracy(
 ) -> pd.DataFrame:  # rows: 'clean', the attacks, 'worst case'; accuracies in [0, 1]
     """Share of images that are right under each attack, and under all of them.
 
-    Columns: 'alone', and 'so far', after all attacks up to this one.
+    Columns: 'alone', and 'so far', after all attacks up to this one. Images are pixels
+    in [0, 1], classes integers, and `eps` a radius in units of the pixel range, in the
+    norm of the attacks. `InputError` for attacks of several norms and one radius.
     """
     attacks = _named(attacks)
     if not isinstance(eps, dict):
         _one_norm(attacks.values(), 'attacks')
     radii = {name: _radius_of(attack, eps) for name, attack in attacks.items()}
-    with as_foolbox(model, x) as fmodel:
-        right = ~fooled(fmodel, x, Misclassification(y))
+    with prepared(model, x, y, unit=False) as (ready, images, criterion):
+        right = ~fooled(ready, images, criterion).to(x.device)
     standing, rows = right.clone(), {'clean': (right, right)}
     for name, attack in attacks.items():
         alone = right.clone()
@@ -133,6 +148,8 @@ def robust_accuracy(
 # %% ../../nbs/06k_ensemble.ipynb #4b8372ad
 class Transfer(PlainCall, FixedEpsilonAttack):
     "Images made on one network, tried on another."
+
+    valid = dict(attack=_an_attack)
 
     def __init__(
         self,

@@ -182,7 +182,14 @@ class BIM(GradientAttack):
 
 # %% ../../nbs/06c_gradient_attacks.ipynb #7dcc6beb
 class PGD(GradientAttack):
-    "Projected gradient descent from a random start: GCE §4."
+    """Projected gradient descent from a random start: GCE §4.
+
+    `PGD()(model, x, y, epsilons=eps)`: a network on pixels in [0, 1], N images, their
+    classes as integers, and an L∞ radius in units of the pixel range. Returned are the
+    images as they came out, the same within `eps`, and (N,) booleans where the network
+    was fooled. `InputError` for a setting, an image or a class that cannot be used.
+    Madry et al. (2018) is the origin.
+    """
 
     usual = 'crossing'
 

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from foolbox.attacks.base import FixedEpsilonAttack
+from foolbox.attacks.base import Attack, FixedEpsilonAttack
 from torch import Tensor, nn
 
 from .apgd import APGD, APGDTargeted, L2APGD
@@ -66,9 +66,24 @@ class AttackRow:
     name: str  # the key in `ATTACKS`
     title: str  # for tables and figures
     source: str  # paper, and equation or section
-    make: Callable  # from settings to an attack
+    make: Callable  # from settings to an attack: a class or a function
     settings: dict = field(default_factory=dict)  # for `make`, beside its defaults
     audit: bool = False  # part of the audit in its norm?
+    knows_detector: bool = False  # is it made with the detector that it attacks?
+
+    def __post_init__(self):
+        if not callable(self.make) or isinstance(self.make, Attack):
+            raise InputError(
+                f"attack '{self.name}' is made by {self.make!r}: "
+                'give a class or a function that makes the attack'
+            )
+        self._check_known(self.settings)
+        made = self.example
+        if not isinstance(made, Attack):
+            raise InputError(
+                f"attack '{self.name}' comes out as {type(made).__name__}: "
+                "make must return one of this library's or of foolbox's attacks"
+            )
 
     def __call__(
         self,
@@ -81,12 +96,13 @@ class AttackRow:
             raise InputError(
                 f"attack '{self.name}' needs {names}: give them as keywords"
             )
-        names, _, others = _settable(self.make)
-        for name in settings:
-            if not others:
-                known = dict.fromkeys(names)
-                choose(name, known, f"setting of attack '{self.name}',")
+        self._check_known(settings)
         return self.make(**self.settings | settings)
+
+    def _check_known(self, settings):
+        names, _, others = _settable(self.make)
+        for name in () if others else settings:
+            choose(name, dict.fromkeys(names), f"setting of attack '{self.name}',")
 
     @property
     def needs(self) -> list:  # names of settings without a default
@@ -113,18 +129,19 @@ class AttackRow:
     def traits(self) -> dict:  # an empty text where it has no such setting
         "Norm, steps, step size, start and loss."
         attack = self.example
-        steps = getattr(attack, 'steps', None) or getattr(attack, 'n_queries', '')
+        steps = getattr(attack, 'steps', None) or getattr(attack, 'n_queries', None)
         fixed = isinstance(attack, FixedEpsilonAttack)
-        return {
+        traits = {
             'norm': norm_name(attack),
             'radius': 'eps' if fixed else 'smallest',
             'steps': steps,
-            'step rule': getattr(attack, 'step_rule', ''),
-            'step / eps': getattr(attack, 'rel_stepsize', ''),
+            'step rule': getattr(attack, 'step_rule', None),
+            'step / eps': getattr(attack, 'rel_stepsize', None),
             'start': _start(attack),
-            'loss': getattr(attack, 'loss', ''),
+            'loss': getattr(attack, 'loss', None),
             'source': self.source,
         }
+        return {name: '' if v is None else v for name, v in traits.items()}
 
 # %% ../../nbs/06l_attack_registry.ipynb #ccf20950
 def _gce_pgd(steps: int = 40, **settings) -> PGD:
@@ -150,7 +167,7 @@ ATTACKS = {
         AttackRow('jsma_pairs', 'JSMA, pairs', 'GCE §4, Table 3', jsma_pairs),
         AttackRow('cw', 'C&W', 'GCE Eq 8–10, §5.2', cw),
         AttackRow('cw_hc', 'C&W-hc', 'RCE §4.3', cw_hc),
-        AttackRow('cw_wb', 'C&W-wb', 'RCE §4.4', cw_wb),
+        AttackRow('cw_wb', 'C&W-wb', 'RCE §4.4', cw_wb, knows_detector=True),
         AttackRow('ddn', 'DDN', 'Rony et al. 2019', DDN),
         # to audit, in L∞ and in L2, cheap ones first
         AttackRow('apgd_ce', 'APGD-CE', _AUTO, APGD, audit=True),
@@ -224,7 +241,15 @@ def attack(
     progress=None,  # called as progress(images done, images in all) after each batch
     **settings,  # of the attack
 ) -> Tensor:  # like `x`; an image on which the attack failed is unchanged
-    "Attack `model`; `InputError` when an argument cannot be used."
+    """Attack `model`; `InputError` when an argument cannot be used.
+
+    `x` are N images of pixels in [0, 1], `y` their classes as integers, and `name` a
+    key of `ATTACKS`, whose row gives the source. `eps` is a radius in the norm of the
+    attack and in units of the pixel range: 8/255 is about 0.031 in L∞. Attacks that
+    look for the nearest image take None for no limit. What an attack can be told
+    beside is in `ATTACKS[name].parameters`. Returned are images of the same shape, type
+    and range; where the attack failed, the image as it was.
+    """
     chosen = make_attack(name, **settings)
     if eps is not None and norm_name(chosen) == 'L∞':
         eps = check_eps(eps)

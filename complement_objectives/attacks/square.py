@@ -134,7 +134,10 @@ def square_search(
 class Square(PlainCall, FixedEpsilonAttack):
     """Square attack in the L∞ ball: Andriushchenko et al. (2020).
 
-    Logits are all it uses.
+    Logits are all it uses: up to `n_queries` for each image, so it may take minutes.
+    Called as `PGD` is, with images (N, C, H, W) of pixels in [0, 1], classes as
+    integers and an L∞ radius as `epsilons`; returned are raw images, images within the
+    radius, and (N,) booleans. `InputError` for other shapes and for logits with NaN.
     """
 
     distance, exact = fb.distances.linf, True

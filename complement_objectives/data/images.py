@@ -37,11 +37,19 @@ class ImageData:
     def __post_init__(self):
         self.check()
 
+    def __repr__(self):
+        size = '×'.join(map(str, self.train_x.shape[1:]))
+        counts = f'{len(self.train_x)} training and {len(self.test_x)} test images'
+        return f'ImageData({self.name!r}: {counts}, {size}, {self.n_classes} classes)'
+
     def check(self) -> 'ImageData':  # itself
         "Look at every image and label once more, after they were changed for instance."
         if not 0 < self.scale < float('inf'):
             raise InputError(f'scale is {self.scale}: it must be a number above 0')
-        k = len(self.class_names)
+        names = self.class_names
+        if isinstance(names, str) or not hasattr(names, '__len__'):
+            raise InputError(f'class_names is {names!r}: give a list, one name a class')
+        k = len(names)
         self.train_x, self.train_y = _checked(self.train_x, self.train_y, k, 'train')
         self.test_x, self.test_y = _checked(self.test_x, self.test_y, k, 'test')
         train, test = tuple(self.train_x.shape[1:]), tuple(self.test_x.shape[1:])

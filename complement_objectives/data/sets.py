@@ -21,7 +21,7 @@ from torchvision.datasets import CIFAR10, FashionMNIST, MNIST
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 from torchvision.datasets.utils import calculate_md5
 
-from ..core import InputError, choose
+from ..core import InputError, check_count, choose
 from .images import ImageData, PadCropFlip, digits
 
 # %% ../../nbs/03b_datasets.ipynb #5567b7c4
@@ -176,6 +176,23 @@ class DataSet:
     eps: tuple = (0.1, 0.2, 0.3)  # L∞ radii of a study, of the pixel range
     attack_images: int = 1000  # how many test images a study attacks, at most
 
+    def __post_init__(self):
+        check_count(self.n_train, f'n_train of {self.title}')
+        if isinstance(self.class_names, str):
+            raise InputError(
+                f'class_names of {self.title} is {self.class_names!r}: '
+                'give a tuple, one name a class'
+            )
+        if len(self.size) != 3:
+            raise InputError(f'size of {self.title} is {self.size}: give (C, H, W)')
+        for name in ('mean', 'std'):
+            n = torch.as_tensor(getattr(self, name)).numel()
+            if n not in (1, self.size[0]):
+                raise InputError(
+                    f'{name} of {self.title} holds {n} numbers for {self.size[0]} '
+                    'channels: give one number, or one a channel'
+                )
+
     @property
     def n_classes(self) -> int:  # K
         "How many classes it has."
@@ -197,10 +214,15 @@ _DIGITS = tuple(str(o) for o in range(10))
 _CLOTHES = tuple(FashionMNIST.classes)
 _THINGS = tuple('airplane automobile bird cat deer dog frog horse ship truck'.split())
 
+
+def _packaged_digits(root):  # they come with the package, whatever the root
+    return digits()
+
+
 DATASETS = {
     'digits': DataSet(
         title="scikit-learn's digits",
-        load=lambda root: digits(),
+        load=_packaged_digits,
         class_names=_DIGITS,
         size=(1, 8, 8),
         n_train=1347,
@@ -274,10 +296,10 @@ def load_data(
     """
     row = choose(name, DATASETS, 'dataset')
     data = row.load(data_root(root))
-    found = (data.n_classes, *data.train_x.shape[1:])
-    if found != (row.n_classes, *row.size):
-        raise InputError(
-            f'{name} has {found[0]} classes and images of the shape {found[1:]}, '
-            f'its row says {row.n_classes} and {tuple(row.size)}: mend the row'
-        )
+    found = data.n_classes, len(data.train_x), tuple(data.train_x.shape[1:])
+    said = row.n_classes, row.n_train, tuple(row.size)
+    if found != said:
+        has = '{} classes and {} training images of the shape {}'.format(*found)
+        says = '{}, {} and {}'.format(*said)
+        raise InputError(f'{name} has {has}, its row says {says}: mend the row')
     return data

@@ -10,7 +10,7 @@ import math
 import pandas as pd
 import torch
 
-from ..core import InputError, check_positive
+from ..core import InputError, check_count, check_positive
 
 # %% ../../nbs/08b_density.ipynb #9b7e6dc1
 def squared_distances(
@@ -191,7 +191,7 @@ def class_sets(
     seed: int = 0,  # of the draw of these points
 ) -> list:  # one tensor (≤ max_points, D) for each class 0 … largest label
     "Features by class, at most so many of each, in random order."
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_count(seed, 'seed', -(2**63)))
     sets = []
     for c in range(int(labels.max()) + 1):
         index = (labels == c).nonzero().flatten()

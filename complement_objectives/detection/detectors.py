@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DETECTORS', 'Detector', 'Confidence', 'NonMaxEntropy', 'MaxLogit', 'Energy', 'KernelDensity', 'Mahalanobis',
-           'NearestNeighbors', 'DetectorRow', 'create_detector']
+           'NearestNeighbors', 'DetectorRow', 'create_detector', 'detector_table']
 
 # %% ../../nbs/08c_detectors.ipynb #043f0426
 import inspect
@@ -12,6 +12,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
+import pandas as pd
 import torch
 from fastcore.basics import patch
 from sklearn.covariance import ledoit_wolf_shrinkage
@@ -19,7 +20,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils import Tags, TargetTags
 from torch import nn
 
-from ..core import InputError, choose
+from ..core import InputError, check_count, check_positive, choose
 from complement_objectives.detection.density import (
     class_sets,
     log_kernel_density,
@@ -74,13 +75,16 @@ class Detector(nn.Module):
         number for a whole set by `score`; its name for this is `score_samples`.)"""
         self._check_fitted()
         logits = None if logits is None else as_tensor(logits)
+        _check_numbers(hidden, logits)
         if self.reads == 'hidden':
             read = hidden = self._checked_vectors(as_tensor(hidden), logits)
         else:
             read = _checked_logits(logits)
         with _full_precision(read):
             scores = self.raw_scores(hidden, logits)
-        return torch.where(usable(read, masks=self.reads == 'logits'), scores, math.nan)
+        fine = usable(read, masks=self.reads == 'logits')
+        _check_scores(self, scores, tuple(fine.shape))
+        return torch.where(fine, scores, math.nan)
 
     def raw_scores(
         self,
@@ -106,12 +110,36 @@ def _full_precision(values):
     return torch.autocast(values.device.type, enabled=False)
 
 
+def _check_numbers(hidden, logits):
+    "Are there as many of both?"
+    if hidden is None or logits is None or torch.compiler.is_exporting():
+        return
+    if len(hidden) != len(logits):
+        raise InputError(
+            f'{len(hidden)} hidden vectors and {len(logits)} logits or classes '
+            'do not match: give one of each an input'
+        )
+
+
 def _checked_logits(logits):
     "Logits as they are, or a word."
     if logits is None or logits.ndim < 2:
         shape = None if logits is None else tuple(logits.shape)
         raise InputError(f'logits are {shape}: shape (N, L) is needed')
     return logits
+
+
+def _check_scores(detector, scores, wanted):
+    "What a detector of one's own returned: a column would be broadcast unseen."
+    if torch.compiler.is_exporting():
+        return
+    tensor = isinstance(scores, torch.Tensor)
+    got = tuple(scores.shape) if tensor else type(scores).__name__
+    if got != wanted:
+        name = type(detector).__name__
+        raise InputError(
+            f'raw_scores of {name} must be one number an input, {wanted}, got {got}'
+        )
 
 
 @patch
@@ -226,28 +254,22 @@ class Energy(Detector):
         temperature: float = 1.0,  # T, > 0
     ):
         super().__init__()
-        if not 0 < temperature < math.inf:
-            raise InputError(
-                f'temperature is {temperature}: it must be positive and finite'
-            )
-        self.temperature = temperature
+        self.temperature = check_positive(temperature, 'temperature')
 
     def raw_scores(self, hidden, logits):  # (N, L) → (N,) float64
         cooled = classes_last(logits) / self.temperature
         return self.temperature * cooled.logsumexp(-1)
 
 # %% ../../nbs/08c_detectors.ipynb #8765e18a
-def _check_whole(**numbers):
-    "Whole numbers from 1 on, or None, by name."
-    for name, n in numbers.items():
-        if n is not None and not (n >= 1 and n == int(n)):
-            raise InputError(
-                f'{name} is {n}: it must be a whole number, at least 1, or None'
-            )
-
-
 class KernelDensity(Detector):
-    "Log kernel density of hidden vectors within the predicted class: RCE §3.4."
+    """Log kernel density of hidden vectors within the predicted class: RCE §3.4.
+
+    `fit(hidden, labels)` keeps the vectors (N, D) of each class and selects the
+    bandwidth σ² where none was given; `score(hidden, logits)` gives each input the
+    logarithm of the density at its vector, within the class its logits predict:
+    higher = more normal, NaN where vector or logits are not finite. `InputError` for
+    vectors of another dimension, `NotFittedError` before `fit`.
+    """
 
     title = 'K-density'
     vectors = 'points_'
@@ -261,15 +283,12 @@ class KernelDensity(Detector):
         dtype: str = None,  # 'float32', 'float64'; None: float64 where it is needed
     ):
         super().__init__()
-        if sigma2 is not None and not 0 < sigma2 < math.inf:
-            raise InputError(f'sigma2 is {sigma2}: it must be positive and finite')
-        _check_whole(max_points=max_points, max_memory=max_memory)
         if dtype is not None:
             dtype = str(dtype).removeprefix('torch.')
             choose(dtype, dict.fromkeys(('float32', 'float64')), 'dtype')
-        self.sigma2 = sigma2
-        self.max_points = max_points
-        self.max_memory = max_memory
+        self.sigma2 = check_positive(sigma2, 'sigma2', none=True)
+        self.max_points = check_count(max_points, 'max_points', none=True)
+        self.max_memory = check_count(max_memory, 'max_memory', none=True)
         self.dtype = dtype
         self.sizes = []
         self.wide = self.far = False
@@ -312,7 +331,7 @@ def _training_set(features, labels):
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     _check_vectors(features, labels)
-    if not len(features):
+    if not features.numel():
         raise InputError('no features to fit on')
     if not features.isfinite().all():
         raise InputError(
@@ -499,9 +518,9 @@ class Mahalanobis(Detector):
         shrinkage: float = None,  # in [0, 1]; None for the rule of Ledoit and Wolf
     ):
         super().__init__()
-        if shrinkage is not None and not 0 <= shrinkage <= 1:
+        self.shrinkage = check_positive(shrinkage, 'shrinkage', zero=True, none=True)
+        if shrinkage is not None and self.shrinkage > 1:
             raise InputError(f'shrinkage is {shrinkage}: it must lie in [0, 1]')
-        self.shrinkage = shrinkage
 
     def fit(
         self,
@@ -564,13 +583,12 @@ class NearestNeighbors(Detector):
         max_memory: int = None,  # bytes to work in; None: 8 MiB, 256 MiB on a GPU
     ):
         super().__init__()
-        if k is None:
-            raise InputError('k is None: it must be at least 1')
-        _check_whole(k=k, max_points=max_points, max_memory=max_memory)
-        self.k = k
-        self.max_points = max_points
+        if not isinstance(normalize, bool):
+            raise InputError(f'normalize must be True or False, got {normalize!r}')
+        self.k = check_count(k, 'k')
+        self.max_points = check_count(max_points, 'max_points', none=True)
         self.normalize = normalize
-        self.max_memory = max_memory
+        self.max_memory = check_count(max_memory, 'max_memory', none=True)
 
     def _embed(self, hidden):
         "(N, D) → (N, D) in float64."
@@ -624,8 +642,18 @@ class NearestNeighbors(Detector):
 class DetectorRow:
     "A row of `DETECTORS`: called, it builds the detector."
 
-    build: type[Detector]
+    build: type[Detector]  # the class, not one of its detectors
     ranges: dict = field(default_factory=dict)  # parameter → what it may be, in words
+    source: str = ''  # paper, and equation or section
+
+    def __post_init__(self):
+        if not (inspect.isclass(self.build) and issubclass(self.build, Detector)):
+            raise InputError(
+                f'a detector row holds {self.build!r}: give a class of detectors, '
+                'such as KernelDensity, without calling it'
+            )
+        for name in self.ranges:
+            choose(name, self.parameters(), f'parameter of {self.title}')
 
     @property
     def title(self) -> str:  # for tables
@@ -636,6 +664,11 @@ class DetectorRow:
     def reads(self) -> str:  # 'hidden' or 'logits'
         "What the score is made of."
         return self.build.reads
+
+    @property
+    def needs_fit(self) -> bool:
+        "Is there anything to learn?"
+        return bool(self.build.learned)
 
     def parameters(self) -> dict:  # name → default value
         "The arguments of `build`."
@@ -655,8 +688,8 @@ class DetectorRow:
 # %% ../../nbs/08c_detectors.ipynb #8b55cd7c
 _LEAST_ONE = 'a whole number from 1 on, or None'
 DETECTORS = {
-    'confidence': DetectorRow(Confidence),
-    'non-me': DetectorRow(NonMaxEntropy),
+    'confidence': DetectorRow(Confidence, source='RCE §3.4'),
+    'non-me': DetectorRow(NonMaxEntropy, source='RCE Eq 1'),
     'k-density': DetectorRow(
         KernelDensity,
         dict(
@@ -665,11 +698,16 @@ DETECTORS = {
             max_memory=_LEAST_ONE,
             dtype='float32, float64 or None',
         ),
+        'RCE §3.4',
     ),
-    'max-logit': DetectorRow(MaxLogit),
-    'energy': DetectorRow(Energy, dict(temperature='above 0')),
+    'max-logit': DetectorRow(MaxLogit, source='Hendrycks et al., ICML 2022'),
+    'energy': DetectorRow(
+        Energy, dict(temperature='above 0'), 'Liu et al., NeurIPS 2020, Eq 4'
+    ),
     'mahalanobis': DetectorRow(
-        Mahalanobis, dict(shrinkage='0 to 1, or None: by Ledoit and Wolf')
+        Mahalanobis,
+        dict(shrinkage='0 to 1, or None: by Ledoit and Wolf'),
+        'Lee et al., NeurIPS 2018, Eq 2',
     ),
     'knn': DetectorRow(
         NearestNeighbors,
@@ -679,6 +717,7 @@ DETECTORS = {
             normalize='True or False',
             max_memory=_LEAST_ONE,
         ),
+        'Sun et al., ICML 2022',
     ),
 }
 
@@ -689,6 +728,30 @@ def create_detector(
 ) -> Detector:  # not yet fitted
     "A detector by name; `InputError` for an unknown name or parameter."
     return choose(name, DETECTORS, 'detector')(**parameters)
+
+# %% ../../nbs/08c_detectors.ipynb #0241fb83
+def detector_table() -> pd.DataFrame:  # a row a detector
+    "Title, source, what is read, what is fitted on; parameters, defaults, ranges."
+    rows = {
+        name: {
+            'title': row.title,
+            'source': row.source,
+            'reads': row.reads,
+            'needs fit': row.needs_fit,
+            'fitted on': 'hidden vectors, classes' if row.needs_fit else '–',
+            'parameters': '; '.join(_in_words(row)),
+        }
+        for name, row in DETECTORS.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient='index')
+
+
+def _in_words(row):
+    "'k=10 (a whole number from 1 on)' for each parameter."
+    for name, default in row.parameters().items():
+        value = '' if default is inspect.Parameter.empty else f'={default!r}'
+        may_be = f' ({row.ranges[name]})' if name in row.ranges else ''
+        yield f'{name}{value}{may_be}'
 
 # %% ../../nbs/08c_detectors.ipynb #09d130ed
 @patch

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import InputError
+from ..core import InputError, as_number
 from .scores import as_tensor
 from complement_objectives.intervals import (
     fpr_interval,
@@ -36,6 +36,19 @@ def as_scores(
         )
     return scores
 
+
+def check_rate(
+    rate,  # a share of inputs
+    name: str,  # for the message
+    ends: bool = True,  # may it be 0 or 1?
+) -> float:  # the same, as a float
+    "`InputError` unless it is a number in [0, 1]."
+    rate = as_number(rate, name)
+    if not (0 < rate < 1 or (ends and rate in (0, 1))):
+        where = 'in [0, 1]' if ends else 'between 0 and 1'
+        raise InputError(f'{name} is {rate:g}: it must lie {where}')
+    return rate
+
 # %% ../../nbs/08d_detection_metrics.ipynb #dc9aa794
 def _ranks(normal, adversarial):
     "The place of each score among the distinct ones, from 0, for either kind."
@@ -49,7 +62,11 @@ def auroc(
     normal,  # (N,) scores, higher = more normal; ±inf is a score as any other
     adversarial,  # (M,) scores of adversarial inputs
 ) -> float:  # in [0, 1]; NaN where either side is empty
-    "Probability that a normal input scores above an adversarial one; ties count half."
+    """Probability that a normal input scores above an adversarial one; ties count half.
+
+    The area under the ROC curve that RCE Table 2 prints. Scores may be tensors, arrays
+    or lists, of any length each; 0.5 is chance, 1 separates. `InputError` for NaN.
+    """
     normal, adversarial = _ranks(normal, adversarial)
     if not len(normal) or not len(adversarial):
         return math.nan
@@ -87,8 +104,7 @@ def tpr_at_fpr(
     fpr: float = 0.05,  # share of normal inputs that may be rejected
 ) -> float:  # in [0, 1]
     "Most adversarial inputs rejected while at most `fpr` of the normal ones are."
-    if not 0 <= fpr <= 1:
-        raise InputError(f'fpr is {fpr}: it must lie in [0, 1]')
+    fpr = check_rate(fpr, 'fpr')
     fprs, tprs = roc(normal, adversarial)
     return float(tprs[fprs <= fpr + 1e-12].max())
 
@@ -99,8 +115,7 @@ def fpr_at_tpr(
     tpr: float = 0.95,  # share of adversarial inputs that must be rejected
 ) -> float:  # in [0, 1]
     "Fewest normal inputs rejected while at least `tpr` of the adversarial ones are."
-    if not 0 <= tpr <= 1:
-        raise InputError(f'tpr is {tpr}: it must lie in [0, 1]')
+    tpr = check_rate(tpr, 'tpr')
     fprs, tprs = roc(normal, adversarial)
     return float(fprs[tprs >= tpr - 1e-12].min())
 
@@ -144,7 +159,13 @@ def selective_accuracy(
 ) -> float:  # share of answers that are right; NaN where there is none
     "Accuracy on the inputs that got an answer."
     answers = as_tensor(answers)
-    right = answers == as_tensor(labels).to(answers.device)
+    labels = as_tensor(labels).to(answers.device)
+    if answers.shape != labels.shape:
+        raise InputError(
+            f'answers have shape {tuple(answers.shape)} and labels '
+            f'{tuple(labels.shape)}: give one of each an input'
+        )
+    right = answers == labels
     return right[answers != NOT_SURE].double().mean().item()
 
 # %% ../../nbs/08d_detection_metrics.ipynb #bf5503b2
@@ -153,8 +174,13 @@ def risk_coverage(
     right,  # (N,) bool, whether the predicted class is right
 ) -> pd.DataFrame:  # `threshold`, falling, `coverage` and `risk`, each in [0, 1]
     "Risk–coverage curve: at each threshold the share of answers that are wrong."
-    wrong = 1 - as_scores(right)
-    frame = pd.DataFrame(dict(threshold=as_scores(scores), wrong=wrong))
+    scores, right = as_scores(scores), as_scores(right)
+    if len(scores) != len(right) or not np.isin(right, (0, 1)).all():
+        raise InputError(
+            f'{len(scores)} scores need {len(scores)} booleans: got {len(right)} '
+            f'values, {", ".join(map(str, np.unique(right)[:3]))}'
+        )
+    frame = pd.DataFrame(dict(threshold=scores, wrong=1 - right))
     groups = frame.groupby('threshold').wrong.agg(['size', 'sum'])
     answered = groups.sort_index(ascending=False).cumsum()
     coverage = answered['size'] / len(frame)

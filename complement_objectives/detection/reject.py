@@ -15,9 +15,9 @@ import torch
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
-from ..core import InputError, weight_type
+from ..core import InputError, as_number, weight_type
 from .detectors import Detector, KernelDensity
-from .metrics import NOT_SURE, as_scores
+from .metrics import NOT_SURE, as_scores, check_rate
 from .scores import as_tensor, usable
 from ..models import forward_batches
 
@@ -26,10 +26,13 @@ def threshold_at(
     normal,  # (N,) scores of held-out normal inputs, higher = more normal
     fpr: float = 0.05,  # share of normal inputs that may be rejected, in (0, 1)
 ) -> float:  # T: reject scores below it
-    "Largest threshold that rejects a new normal input with probability `fpr` at most."
+    """Largest threshold that rejects a new normal input with probability `fpr` at most.
+
+    An input is rejected where its score is below. `InputError` for scores that are NaN
+    and for fewer than 1/fpr - 1 of them, 19 for 5 %.
+    """
     normal = as_scores(normal)
-    if not 0 < fpr < 1:
-        raise InputError(f'fpr is {fpr}: it must lie between 0 and 1')
+    fpr = check_rate(fpr, 'fpr', ends=False)
     k = math.floor(fpr * (len(normal) + 1) + 1e-9)
     if not k:
         needed = math.ceil(1 / fpr - 1 - 1e-9)
@@ -52,10 +55,17 @@ class RejectOption(nn.Module):
         threshold: float = None,  # T, where it is known already
     ):
         super().__init__()
+        if not isinstance(detector, Detector):
+            raise InputError(
+                f'the detector is {detector!r}: give one that was made, '
+                "as KernelDensity() or create_detector('knn') makes it"
+            )
         self.detector = detector
-        self.fpr = fpr
+        self.fpr = check_rate(fpr, 'fpr', ends=False)
         self.given = threshold is not None
-        at = threshold if self.given else math.nan
+        at = as_number(threshold, 'threshold') if self.given else math.nan
+        if self.given and math.isnan(at):
+            raise InputError('threshold is nan: give a number, or None to calibrate')
         self.register_buffer('threshold_', torch.tensor(at, dtype=torch.float64))
 
     def fit(
@@ -65,7 +75,7 @@ class RejectOption(nn.Module):
         fpr: float = None,  # share to reject, at most, from now on; None: as it was
     ) -> 'RejectOption':  # itself
         "Set the threshold for a false-positive rate of `fpr`, see `threshold_at`."
-        fpr = self.fpr if fpr is None else fpr
+        fpr = self.fpr if fpr is None else check_rate(fpr, 'fpr', ends=False)
         return self._put(threshold_at(self.score(hidden, logits), fpr), fpr)
 
     def _put(self, threshold, fpr):
@@ -185,7 +195,15 @@ def _flat_copy(output):
 
 # %% ../../nbs/08e_reject.ipynb #4fb1eb6f
 class RobustClassifier(nn.Module):
-    "A classifier with a reject option: one call from pixels to a class or `NOT_SURE`."
+    """A classifier with a reject option: one call from pixels to a class or `NOT_SURE`.
+
+    First `fit(x, y)` with training images, then `calibrate(x, fpr)` with normal images
+    that are new, which sets the threshold so that a share of `fpr` of them is rejected
+    (RCE §3.4); then `robust(x)` returns answers (N,), a class or −1, and scores (N,),
+    higher = more normal. Images are floating point, in the range the network takes,
+    [0, 1] for the library's. `NotFittedError` before `fit` and `calibrate`;
+    `InputError` for what cannot be used.
+    """
 
     def __init__(
         self,
@@ -256,6 +274,7 @@ class RobustClassifier(nn.Module):
         if not isinstance(x, torch.Tensor):
             device = next((p.device for p in self.model.parameters()), 'cpu')
             x = as_tensor(x).to(device)
+        _check_pixels(x)
         kind = weight_type(self.model)
         return x if kind in (None, x.dtype) else x.to(kind)
 
@@ -276,6 +295,7 @@ class RobustClassifier(nn.Module):
 def _image_set(x):
     "Images that something is learned from, as a tensor."
     x = as_tensor(x)
+    _check_pixels(x)
     if not len(x):
         raise InputError('there are no images to learn from')
     bad = len(x) - x.flatten(1).isfinite().all(1).sum().item()
@@ -285,3 +305,12 @@ def _image_set(x):
             'mend them or leave them out'
         )
     return x
+
+
+def _check_pixels(x):
+    "Bytes would be taken for pixels 255 times as bright."
+    if not x.is_floating_point():
+        raise InputError(
+            f'images are {x.dtype}: convert them to floating point in [0, 1], '
+            'for bytes x.float()/255'
+        )

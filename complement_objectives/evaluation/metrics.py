@@ -25,9 +25,14 @@ from complement_objectives.detection import (
     log_odds,
     non_max_entropy,
 )
+from ..detection.scores import as_tensor
 from ..intervals import Interval, separation_interval
 from ..models import forward_batches
-from ..perturbation import check_labels, input_gradient
+from complement_objectives.perturbation import (
+    check_images,
+    check_labels,
+    input_gradient,
+)
 
 # %% ../../nbs/09a_metrics.ipynb #95ffaf29
 @contextmanager
@@ -42,8 +47,10 @@ def asking(
     """
     if not isinstance(model, nn.Module):
         with as_foolbox(model, x) as fmodel:
+            check_images(x, fmodel.bounds)
             yield CheckedModel(fmodel, y), getattr(fmodel, 'device', x.device)
     else:
+        check_images(x)
         device = next((p.device for p in model.parameters()), x.device)
         with under_attack(model):
             yield CheckedModel(PlainModel(model, device), y), device
@@ -76,7 +83,12 @@ def correct(
     y: torch.Tensor,  # (N,) true classes
     batch_size: int = 512,  # images a forward pass
 ) -> torch.Tensor:  # (N,) bool, on the CPU
-    "Which images are classified as what they are."
+    """Which images are classified as what they are.
+
+    Images are pixels in [0, 1], or within the bounds of a foolbox model; classes are
+    integers. The network is asked in evaluation mode and left as it was. `InputError`
+    for no images, pixels out of range, or a class that the network has not.
+    """
     check_pairs(x, y, batch_size)
     with asking(model, x, y) as (asked, device), torch.no_grad():
         predicted = [
@@ -89,17 +101,32 @@ def accuracy(
     right,  # (N,) bool, N at least 1
 ) -> float:  # share of True, in [0, 1]
     "Share of images that are right."
-    right = torch.as_tensor(right, dtype=torch.float64)
+    right = _booleans(right)
     if not len(right):
         raise InputError('no images: an accuracy needs at least one')
-    return right.mean().item()
+    return right.double().mean().item()
+
+
+def _booleans(right):  # (N,) bool, from those of any kind
+    right = as_tensor(right)
+    if right.ndim != 1 or not ((right == 0) | (right == 1)).all():
+        raise InputError(
+            f'one boolean an image is needed, shape (N,): got {right.dtype} '
+            f'of shape {tuple(right.shape)}'
+        )
+    return right.bool()
 
 # %% ../../nbs/09a_metrics.ipynb #26a1953e
 def worst_case(
-    rights,  # booleans (N,) of the same images, one tensor for each attack
+    rights,  # booleans (N,) of the same images for each attack, in a list or a dict
 ) -> torch.Tensor:  # (N,) bool
-    "Which images are right under every one of the attacks."
-    rights = list(rights)
+    """Which images are right under every one of the attacks.
+
+    Each attack's booleans may be a tensor, an array or a list; `correct` on its images
+    gives them. `InputError` for none, for different lengths, and for other numbers.
+    """
+    rights = rights.values() if isinstance(rights, dict) else rights
+    rights = [_booleans(right) for right in rights]
     shapes = {tuple(r.shape) for r in rights}
     if len(shapes) != 1:
         raise InputError(
@@ -169,16 +196,23 @@ def chosen_pairs(
     choose(over, OVER, 'choice of pairs')
     before, after, y = (class_indices(classes) for classes in (before, after, y))
     if not before.shape == after.shape == y.shape:
+        shapes = [tuple(classes.shape) for classes in (before, after, y)]
         raise InputError(
-            f'{len(before)} and {len(after)} predictions for {len(y)} classes: '
-            'give one of each for every pair'
+            'predictions before and after and true classes have the shapes {}, {} '
+            'and {}: give one of each for every pair'.format(*shapes)
         )
     if over == 'all':
         return torch.ones_like(y, dtype=torch.bool)
     return (before == y) & (after != y)
 
 # %% ../../nbs/09a_metrics.ipynb #d99ff0c5
-def _chosen_rows(normal, adversarial, y, over):  # (N,) boolean array
+def _chosen_rows(normal, adversarial, y, over, scores):  # (N,) boolean array
+    for name in ('predicted', *scores):
+        if name not in normal or name not in adversarial:
+            raise InputError(
+                f"a table of scores has no column '{name}': "
+                'give what `detection_scores` returns'
+            )
     predicted = [table['predicted'].to_numpy() for table in (normal, adversarial)]
     return chosen_pairs(*predicted, y, over).numpy()
 
@@ -189,8 +223,13 @@ def detection_auc(
     y: torch.Tensor,  # (N,) true classes
     over: str = 'fooled',  # a key of `OVER`
 ) -> dict:  # `pairs` and one AUC a score; NaN where there is no pair
-    "AUC of each score, by default over the pairs of RCE Table 2: right, then fooled."
-    chosen = _chosen_rows(normal, adversarial, y, over)
+    """AUC of each score, by default over the pairs of RCE Table 2: right, then fooled.
+
+    The tables are in the same order, image by image, and `y` are the classes as
+    integers. An AUC is in [0, 1], higher = better detected. `InputError` for tables of
+    different lengths, a missing column, and a score of a counted pair that is NaN.
+    """
+    chosen = _chosen_rows(normal, adversarial, y, over, SCORES)
     aucs = {s: auroc(normal[s][chosen], adversarial[s][chosen]) for s in SCORES}
     return dict(pairs=int(chosen.sum()), **aucs)
 
@@ -215,7 +254,7 @@ def detection_table(
     level: float = 0.95,  # of the intervals
 ) -> pd.DataFrame:  # a row a score; columns `value`, `low`, `high`
     "AUC of each score with its interval."
-    chosen = _chosen_rows(normal, adversarial, y, over)
+    chosen = _chosen_rows(normal, adversarial, y, over, normal)
 
     def interval(score):
         pairs = [table[score].to_numpy()[chosen] for table in (normal, adversarial)]
@@ -227,8 +266,8 @@ def detection_table(
 # %% ../../nbs/09a_metrics.ipynb #9317780f
 def _loss_gradients(model, x, y, batch_size, loss):  # yields (n, D) for each batch
     loss = as_loss(loss)
-    wide = torch.promote_types(x.dtype, torch.float32)
     with asking(model, x, y) as (asked, device):
+        wide = torch.promote_types(x.dtype, torch.float32)
         for images, classes in zip(x.split(batch_size), y.split(batch_size)):
             leaf = images.to(device, wide, copy=True)
             classes = classes.to(device, torch.long, copy=True)

@@ -275,7 +275,10 @@ def run_sanity_checks(
 ) -> pd.DataFrame:  # a row a check, columns as in `Check`
     """All checks of the claim that `attack` measures the robustness of `model`.
 
-    `passed` is None where a check could not be run.
+    Images are pixels in [0, 1], classes integers, `eps` a radius in the norm of the
+    attack. `passed` is None where a check could not be run; `meaning` says in words
+    what was found. `InputError` for what cannot be used. The checks follow Athalye et
+    al. (2018) and Carlini et al. (2019).
     """
     attack = PGD(rel_stepsize=0.1) if attack is None else attack
     check_pairs(x, y)

@@ -158,6 +158,11 @@ def forward_batches(
     batch_size: int = 1000,  # images a forward pass
 ) -> tuple:  # hidden vectors (N, D) and logits (N, K), on the CPU
     "Hidden vectors and logits of a whole set; the network's modes stay as they were."
+    if not hasattr(model, 'hidden_and_logits'):
+        raise InputError(
+            f'{type(model).__name__} has no hidden_and_logits(x): build it as a '
+            '`Classifier`, or name a layer: NamedLayer(net, layer)'
+        )
     device = next((p.device for p in model.parameters()), x.device)
     how = dict(device=device, dtype=weight_type(model) or x.dtype, copy=True)
     with evaluating(model), torch.no_grad():

@@ -140,6 +140,7 @@ def model_table() -> pd.DataFrame:  # a line a network
     """All networks of `MODELS`, each with its usual number of classes K.
 
     Source, papers, input, D, K, parameters, multiply-adds of one image; counted.
+    D and K are those of the last layer, `head`; – where there is none of that name.
     """
     cards = {name: _card(row) for name, row in MODELS.items()}
     return pd.DataFrame(cards).T.rename_axis('model')
@@ -147,13 +148,14 @@ def model_table() -> pd.DataFrame:  # a line a network
 
 def _card(row: Architecture) -> dict:  # a line of the table of networks
     model = row.sample()
+    head = getattr(model, 'head', None)
     return dict(
         title=row.title,
         source=row.source,
         trained=row.trained,
         input='×'.join(map(str, row.size)),
-        D=model.head.in_features,
-        K=model.head.out_features,
+        D=getattr(head, 'in_features', '–'),
+        K=getattr(head, 'out_features', '–'),
         parameters=n_parameters(model),
         multiply_adds=multiply_adds(model, row.size),
     )
