@@ -7,15 +7,19 @@ __all__ = ['Range', 'loss_of_rows', 'RowLoss']
 
 # %% ../../nbs/01e_loss_base.ipynb #d43fb24e
 import importlib
+import inspect
 import math
 import sys
 import warnings
 from dataclasses import dataclass
+from numbers import Real
 
 # %% ../../nbs/01e_loss_base.ipynb #6a3f779e
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
+from ..core import in_short
 
 # %% ../../nbs/01e_loss_base.ipynb #e0ee07c9
 @dataclass(frozen=True)
@@ -31,10 +35,13 @@ class Range:
         self,
         value: float,  # a number
     ) -> bool:
-        "Whether the number lies in the range and is finite."
+        "Whether it is a number, finite and in the range; True and False are none."
+        if not _is_number(value):
+            return False
         above = value >= self.low if self.low_too else value > self.low
         below = value <= self.high if self.high_too else value < self.high
-        return bool(above and below and abs(value) < math.inf)
+        finite = abs(value) < math.inf and abs(value) <= sys.float_info.max
+        return bool(above and below and finite)
 
     def __str__(self):
         if self.high == math.inf:
@@ -52,12 +59,33 @@ class Range:
         value,  # must be a number of the range
     ):
         "Refuse what is no number, such as class weights by position, or outside."
-        if not isinstance(value, (int, float)) and getattr(value, 'ndim', 1):
+        if not _is_number(value):
             kind = type(value).__name__
-            hint = 'class weights go by keyword, weight=…'
-            raise ValueError(f'{name} must be a number, got {kind}; {hint}')
+            several = isinstance(value, (list, tuple)) or getattr(value, 'ndim', 0)
+            hint = '; class weights go by keyword, weight=…' if several else ''
+            raise ValueError(f'{name} must be a number, got {kind}{hint}')
         if not self.allows(value):
-            raise ValueError(f'{name} must be {self}, got {value}')
+            raise ValueError(f'{name} must be {self}, got {in_short(_plain(value))}')
+
+
+def _plain(
+    value,  # of a parameter
+):  # Python's number for NumPy's or torch's, but for one that is learned
+    "Numbers as Python has them, all else as it is."
+    single = isinstance(value, (Tensor, np.ndarray, np.generic)) and not value.ndim
+    learned = getattr(value, 'requires_grad', False)
+    return value.item() if single and not learned else value
+
+
+def _is_number(
+    value,  # of a parameter
+) -> bool:
+    "Whether it is one real number, of Python, NumPy or torch."
+    if isinstance(value, Tensor):
+        odd = value.is_complex() or value.dtype is torch.bool
+        return not value.ndim and not odd
+    value = _plain(value)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 # %% ../../nbs/01e_loss_base.ipynb #6e783eeb
 POSITIVE = Range(low=0)
@@ -337,8 +365,14 @@ class RowLoss(nn.Module):
     y_int = True  # fastai: targets are indices, so MixUp blends two losses
     reverse = False  # must the trained network's logits be negated to classify?
     negated = False  # have they been negated before they come here?
-    ranges = {}  # the `Range` of each number of its own
+    ranges = {}  # name → `Range` or tuple of words; a subclass adds its own
     _own = ()  # names of its own parameters
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.ranges = super(cls, cls).ranges | cls.ranges
+        if '__init__' in vars(cls):
+            cls.__signature__ = _whole_signature(cls)
 
     def __init__(
         self,
@@ -358,13 +392,13 @@ class RowLoss(nn.Module):
     ):
         "Check them against `ranges` and keep them, for `settings` and the repr."
         for name, value in own.items():
-            if name in self.ranges:
-                self.ranges[name].check(name, value)
+            value = _plain(value)
+            _check_own(name, value, self.ranges.get(name))
             if isinstance(value, Tensor) and value.ndim:
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)
-        self._own = tuple(own)
+        self._own = tuple(dict.fromkeys([*self._own, *own]))
 
     def settings(self) -> dict:  # name → value
         "All parameters, as the function of the same loss takes them."
@@ -418,7 +452,38 @@ class RowLoss(nn.Module):
 def _short(
     value,  # of a parameter
 ) -> str:
-    "Four digits of a number, the length of a tensor."
-    if isinstance(value, float):
-        return f'{value:.4g}'
-    return f'({len(value)},)' if isinstance(value, Tensor) else repr(value)
+    "Four digits of a number, the shape of a tensor."
+    if isinstance(value, (Tensor, np.ndarray)):
+        return str(tuple(value.shape)) if value.ndim else _short(value.item())
+    return f'{value:.4g}' if isinstance(value, float) else repr(value)
+
+
+def _check_own(
+    name: str,  # of the parameter
+    value,  # what was given
+    allowed,  # a `Range`, a tuple of words, or None: anything
+):
+    "Refuse what the loss does not take."
+    if isinstance(allowed, tuple):
+        if not isinstance(value, str) or value not in allowed:
+            words = ', '.join(allowed)
+            raise ValueError(f'{name} must be one of {words}, got {in_short(value)}')
+    elif allowed is not None:
+        allowed.check(name, value)
+
+
+def _whole_signature(
+    cls,  # a subclass of `RowLoss` with an `__init__` of its own
+) -> inspect.Signature:
+    "That of `__init__`, with the base's parameters in place of its `**kwargs`."
+    own = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    if not own or own[-1].kind is not inspect.Parameter.VAR_KEYWORD:
+        return inspect.Signature(own)
+    base = next(c for c in cls.__mro__[1:] if issubclass(c, RowLoss))
+    named = {p.name for p in own}
+    passed_on = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for p in inspect.signature(base).parameters.values()
+        if p.name not in named
+    ]
+    return inspect.Signature([*own[:-1], *passed_on])
