@@ -57,15 +57,17 @@ class Range:
         self,
         name: str,  # of the parameter
         value,  # must be a number of the range
-    ):
+    ):  # the same, Python's number where it was NumPy's or torch's
         "Refuse what is no number, such as class weights by position, or outside."
         if not _is_number(value):
             kind = type(value).__name__
             several = isinstance(value, (list, tuple)) or getattr(value, 'ndim', 0)
             hint = '; class weights go by keyword, weight=…' if several else ''
             raise ValueError(f'{name} must be a number, got {kind}{hint}')
+        value = _plain(value)
         if not self.allows(value):
-            raise ValueError(f'{name} must be {self}, got {in_short(_plain(value))}')
+            raise ValueError(f'{name} must be {self}, got {in_short(value)}')
+        return value
 
 
 def _plain(
@@ -328,7 +330,13 @@ def loss_of_rows(
     ignore_index: int = -100,  # targets that count for nothing
     reduction: str = 'mean',  # 'none', 'mean' or 'sum'
 ) -> Tensor:  # a number, or (N,) or (N, d1, …)
-    "Check, weight, evaluate and reduce."
+    """Check, weight, evaluate and reduce.
+
+    `rows` is the formula: it gets logits (M, K), in float32 or better, and true classes
+    (M,), and returns (M,) values. `logits` and `target` may have more axes; `weight`,
+    `ignore_index` and `reduction` do what they do in `F.cross_entropy`. What does not
+    fit is a `ValueError`.
+    """
     check_reduction(reduction)
     z, t, k = _flat_rows(logits, target)
     if weight is not None:
@@ -358,7 +366,8 @@ class RowLoss(nn.Module):
     """A loss of logits and class indices: write `rows`, and the rest is there.
 
     The rest: checks, class weights, ignored targets, reductions, dense prediction,
-    and what fastai asks of a loss.
+    and what fastai asks of a loss. Parameters of its own go through `keep_parameters`,
+    which checks them against `ranges`.
     """
 
     paper = ''  # where it comes from, with the equation
@@ -371,8 +380,8 @@ class RowLoss(nn.Module):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         cls.ranges = super(cls, cls).ranges | cls.ranges
-        if '__init__' in vars(cls):
-            cls.__signature__ = _whole_signature(cls)
+        if make := vars(cls).get('__init__'):
+            make.__signature__ = _whole_signature(cls, make)
 
     def __init__(
         self,
@@ -380,6 +389,8 @@ class RowLoss(nn.Module):
         ignore_index: int = -100,  # targets that count for nothing
         reduction: str = 'mean',  # 'none', 'mean' or 'sum'
     ):
+        """`weight` (K,), one number a class; `ignore_index`, a target that counts for
+        nothing; `reduction`, 'none', 'mean' or 'sum': as in `nn.CrossEntropyLoss`."""
         super().__init__()
         _teach_fastai()
         check_reduction(reduction)
@@ -390,7 +401,10 @@ class RowLoss(nn.Module):
         self,
         **own,  # the loss's own parameters
     ):
-        "Check them against `ranges` and keep them, for `settings` and the repr."
+        """Check them against `ranges` and keep them, for `settings` and the repr.
+
+        NumPy's numbers and tensors without axes become Python's, but for one that
+        requires a gradient."""
         for name, value in own.items():
             value = _plain(value)
             _check_own(name, value, self.ranges.get(name))
@@ -421,7 +435,12 @@ class RowLoss(nn.Module):
         logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalized scores
         target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
     ) -> Tensor:  # a number, or (N,) or (N, d1, …)
-        "The loss of a batch."
+        """The loss of a batch.
+
+        `logits` are (N, K) or (N, K, d1, …), unnormalized and in any floating type,
+        `target` class indices (N,), (N, 1) or (N, d1, …). Returns a number, or
+        (N,) or (N, d1, …) with reduction 'none'.
+        """
         common = dict(weight=self.weight, ignore_index=self.ignore_index)
         return loss_of_rows(
             logits, target, self.rows, reduction=self.reduction, **common
@@ -473,17 +492,18 @@ def _check_own(
 
 
 def _whole_signature(
-    cls,  # a subclass of `RowLoss` with an `__init__` of its own
+    cls,  # a subclass of `RowLoss`
+    make,  # its `__init__`
 ) -> inspect.Signature:
-    "That of `__init__`, with the base's parameters in place of its `**kwargs`."
-    own = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    if not own or own[-1].kind is not inspect.Parameter.VAR_KEYWORD:
-        return inspect.Signature(own)
+    "That of `make`, with the base's parameters in place of its `**kwargs`."
+    own = list(inspect.signature(make).parameters.values())
+    if own[-1].kind is not inspect.Parameter.VAR_KEYWORD:
+        return inspect.signature(make)
     base = next(c for c in cls.__mro__[1:] if issubclass(c, RowLoss))
     named = {p.name for p in own}
     passed_on = [
         p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
         for p in inspect.signature(base).parameters.values()
-        if p.name not in named
+        if p.name not in named and p.kind is not inspect.Parameter.VAR_POSITIONAL
     ]
     return inspect.Signature([*own[:-1], *passed_on])
