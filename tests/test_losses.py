@@ -66,6 +66,13 @@ def batch(n=8, k=K, dtype=torch.float64):
     ).requires_grad_(), torch.arange(n) % k
 
 
+def one_line(f, *args, **kwargs):
+    with pytest.raises(ValueError) as e:
+        f(*args, **kwargs)
+    assert len(str(e.value).splitlines()) == 1 and len(str(e.value)) < 200
+    return str(e.value)
+
+
 def gradient(f, z, y, **kwargs):
     loss = f(z, y, **kwargs)
     return loss.detach(), torch.autograd.grad(loss.sum(), z)[0]
@@ -422,6 +429,15 @@ def test_other_shapes_are_refused(f):
     for wrong in (y[None], y[:-1], y[:, None, None], torch.stack([y, y], 1), y[0]):
         with pytest.raises(ValueError, match='target must have shape'):
             f(z, wrong)
+
+
+@each_loss
+def test_what_is_no_tensor_of_the_right_kind(f):
+    z, y = batch()
+    for wrong in (z.tolist(), None, z.detach().numpy(), z.long(), z * 1j):
+        assert one_line(f, wrong, y).startswith('logits must be ')
+    for wrong in (y.tolist(), None, y.numpy(), y.float(), y * 1j):
+        assert one_line(f, z, wrong).startswith('target must ')
 
 
 @each_module
@@ -881,13 +897,6 @@ def test_rows_of_a_wrong_shape_are_refused(shape, weight, reduction):
 NUMBERS = [0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5)]
 NO_NUMBERS = [True, np.bool_(True), torch.tensor(True), np.array(True), '1', None, 1j]
 NO_NUMBERS += [10**400, 10**5000, [0.5], np.array([0.5]), torch.ones(K), np.array('1')]
-
-
-def one_line(f, *args, **kwargs):
-    with pytest.raises(ValueError) as e:
-        f(*args, **kwargs)
-    assert len(str(e.value).splitlines()) == 1 and len(str(e.value)) < 200
-    return str(e.value)
 
 
 @pytest.mark.parametrize('value', NUMBERS, ids=lambda o: type(o).__name__)

@@ -120,6 +120,8 @@ def count_classes(
     logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalized scores
 ) -> int:  # K, 0 where there is no such axis
     "How many classes there are."
+    if not isinstance(logits, Tensor):
+        raise ValueError(f'logits must be a tensor, got {type(logits).__name__}')
     return static_shape(logits)[1] if logits.ndim > 1 else 0
 
 # %% ../../nbs/01e_loss_base.ipynb #a2c4ce37
@@ -137,7 +139,9 @@ def _check_target(
     shape: tuple,  # of the logits: (N, K) or (N, K, d1, …)
 ):
     "Refuse probabilities, and shapes that do not go with those of the logits."
-    if target.is_floating_point():
+    if not isinstance(target, Tensor):
+        raise ValueError(f'target must be a tensor, got {type(target).__name__}')
+    if target.is_floating_point() or target.is_complex():
         raise ValueError(
             'target must hold class indices, not probabilities; for Mixup blend '
             'the losses of both targets, as fastai does when y_int is True'
@@ -156,7 +160,6 @@ def _flat_rows(
     target: Tensor,  # (N,) or (N, d1, …) class indices, or one axis of size 1 more
 ) -> tuple[Tensor, Tensor, int]:  # logits (M, K), target (M,) int64, K
     "Check shapes and dtypes, bring the class axis last and flatten the others."
-    logits, target = _without_subclass(logits), _without_subclass(target)
     k = count_classes(logits)
     if k < 2:
         raise ValueError(
@@ -164,6 +167,9 @@ def _flat_rows(
             f'got {tuple(logits.shape)}'
         )
     _check_target(target, static_shape(logits))
+    if not logits.is_floating_point():
+        raise ValueError(f'logits must be floating point, got {logits.dtype}')
+    logits, target = _without_subclass(logits), _without_subclass(target)
     if logits.device != target.device:
         raise ValueError(
             'logits and target must be on one device, '

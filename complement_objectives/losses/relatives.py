@@ -140,7 +140,7 @@ def hierarchical_complement_entropy_loss(
     `weight` (K,), `ignore_index` and `reduction` ('none', 'mean', 'sum') do what they
     do in `F.cross_entropy`. What does not fit is a `ValueError`.
     """
-    groups, k = _group_indices(groups, logits.device), count_classes(logits)
+    k, groups = count_classes(logits), _group_indices(groups, logits.device)
     if logits.ndim > 1 and tuple(static_shape(groups)) != (k,):
         raise ValueError(
             f'groups must hold the coarse class of each of the {k} classes, '
