@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -32,7 +33,14 @@ from complement_objectives.data import (
     load_data,
     read_idx,
 )
-from complement_objectives.intervals import mean_interval
+from complement_objectives.intervals import (
+    fpr_interval,
+    mean_interval,
+    normals_needed,
+    separation_interval,
+    share_interval,
+    tpr_interval,
+)
 from complement_objectives.models import (
     MODELS,
     Architecture,
@@ -274,3 +282,50 @@ def test_many_numbers_do_not_take_long():
     error = v.std(ddof=1) / len(v) ** 0.5
     low, high = (found.value - found.low) / error, (found.high - found.value) / error
     assert low == pytest.approx(1.96, abs=1e-3) and 1.96 < high < 1.97
+
+
+V = [0.1, 0.2, 0.5, 0.7]
+INTERVALS = [
+    (mean_interval, [V], 'level'),
+    (share_interval, [[True, False]], 'level'),
+    (separation_interval, [V, V], 'level'),
+    (tpr_interval, [V, V], 'level'),
+    (tpr_interval, [V, V], 'fpr'),
+    (fpr_interval, [V, V], 'level'),
+    (fpr_interval, [V, V], 'tpr'),
+    (normals_needed, [], 'level'),
+    (normals_needed, [], 'rate'),
+]
+
+
+@pytest.mark.parametrize('f, args, name', INTERVALS)
+def test_levels_and_rates(f, args, name):
+    for value in (np.float32(0.9), torch.tensor(0.9)):
+        assert f(*args, **{name: value}) == f(*args, **{name: float(value)})
+    for value in (
+        0,
+        1,
+        -0.1,
+        95,
+        math.nan,
+        math.inf,
+        True,
+        '0.9',
+        None,
+        [0.9, 1],
+        HUGE[0],
+    ):
+        assert refused(f, *args, **{name: value}).startswith(f'{name} is ')
+
+
+def test_counts_and_values_of_intervals():
+    for value in (0, -1, 2.5, True, '3', None, HUGE[0]):
+        assert 'n_boot must be' in refused(mean_interval, V, n_boot=value)
+    for value in (-1, 2.5, True, '3', HUGE[0]):
+        assert refused(share_interval, 1, n=value).startswith('n must be')
+    for value in (-1, 2.5, 6, math.nan, True, None, HUGE[0]):
+        refused(share_interval, value, n=5)
+    assert share_interval(np.int64(3), n=torch.tensor(5)) == share_interval(3, n=5)
+    for f in (mean_interval, share_interval, partial(separation_interval, V)):
+        for values in (['a'], [None], 3, 'abc', [[1]], torch.tensor([1j]), [HUGE[0]]):
+            assert 'the values have' in refused(f, values)
