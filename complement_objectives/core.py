@@ -46,6 +46,17 @@ class RunFailed(_Said, RuntimeError):
     The message is one line, with what to do.
     """
 
+# %% ../nbs/00_core.ipynb #ba783c50
+def in_short(
+    value,  # what was given
+) -> str:  # at most 60 characters, in one line
+    "How a message shows it."
+    try:
+        text = ' '.join(repr(value).split())
+    except ValueError:  # Python writes no number of many thousand digits
+        text = 'a number of too many digits'
+    return text if len(text) <= 60 else f'{text[:59]}…'
+
 # %% ../nbs/00_core.ipynb #ac59d985
 def choose(
     name: str,  # the name asked for
@@ -53,12 +64,16 @@ def choose(
     what: str,  # what is being chosen, for the message: 'dataset', 'objective', …
 ):  # the value under `name`
     "`options[name]`, or an `InputError` that names the nearest valid names."
+    valid = ', '.join(options)
+    if not isinstance(name, str):
+        raise InputError(f'{what} is {in_short(name)}: give one of the names {valid}')
     if name in options:
         return options[name]
     near = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
     hint = f'did you mean {" or ".join(near)}? ' if near else ''
-    valid = ', '.join(options)
-    raise InputError(f"unknown {what} '{name}': {hint}valid names are {valid}")
+    raise InputError(
+        f'unknown {what} {in_short(str(name))}: {hint}valid names are {valid}'
+    )
 
 # %% ../nbs/00_core.ipynb #5080c122
 def pick_device(
@@ -102,18 +117,23 @@ def as_number(
     value,  # a number; a NumPy or torch one, or an array of one element, will do
     what: str,  # what it is, for the message
 ) -> float:  # the same, as a float
-    "`InputError` unless `value` is one number."
+    "`InputError` unless `value` is one number; True and False are none."
     value = _single(value)
     if isinstance(value, str):
-        raise InputError(f'{what} is the text {value!r}: give a number')
-    if isinstance(value, bool) or not isinstance(value, (Real, np.number)):
-        raise InputError(f'{what} is {value!r}: it must be one number')
-    return float(value)
+        raise InputError(f'{what} is the text {in_short(value)}: give a number')
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InputError(f'{what} is {in_short(value)}: it must be one number')
+    try:
+        return float(value)
+    except OverflowError:
+        raise InputError(f'{what} is {in_short(value)}: that is too large') from None
 
 
-def _single(value):  # what an array of one element holds
-    arrays = isinstance(value, (torch.Tensor, np.ndarray))
-    return value.item() if arrays and np.prod(value.shape) == 1 else value
+def _single(value):  # the Python number of a NumPy or torch one, the rest as it is
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 and not value.is_meta else value
+    arrays = isinstance(value, (np.generic, np.ndarray))
+    return value.item() if arrays and value.size == 1 else value
 
 # %% ../nbs/00_core.ipynb #a58c8037
 def check_count(
@@ -121,16 +141,19 @@ def check_count(
     what: str,  # of what, for the message
     least: int = 1,  # how many are needed
     none: bool = False,  # may it be None?
+    below: int = 2**63,  # more are too many, for torch at least
 ) -> int:  # the same, as an int
     "`InputError` unless `value` is a whole number of at least `least`."
     if value is None and none:
         return None
     value = _single(value)
     whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or value < least:
+    if not whole or not least <= value < below:
         more = ' or None' if none else ''
+        limit = f' and below {below}' if whole and value >= below else ''
         raise InputError(
-            f'{what} must be a whole number of at least {least}{more}, got {value!r}'
+            f'{what} must be a whole number of at least {least}{limit}{more}, '
+            f'got {in_short(value)}'
         )
     return int(value)
 
@@ -245,10 +268,11 @@ def load_json(
 
 # %% ../nbs/00_core.ipynb #b1cf74e4
 def derive_seed(
-    seed: int,  # the run's seed, any integer
+    seed: int,  # the run's seed, in [-2⁶³, 2⁶³)
     *names,  # what the seed is for: 'train', ('attack', 'pgd'), …
 ) -> int:  # in [0, 2³²), a valid seed for Python, numpy and torch alike
     "A seed for one part of a run; the same on every machine and in every process."
+    seed = check_count(seed, 'seed', -(2**63))
     key = '/'.join(map(str, (seed, *names)))
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], 'little')
 
@@ -257,6 +281,7 @@ def seed_everything(
     seed: int,  # in [0, 2³²)
 ):
     "Seed Python (fastai's loaders draw from it), numpy and torch on all devices."
+    seed = check_count(seed, 'seed', 0, below=2**32)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

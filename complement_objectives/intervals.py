@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from .core import InputError
+from .core import InputError, as_number, check_count
 
 # %% ../nbs/05_intervals.ipynb #22e1c44d
 class Interval(NamedTuple):
@@ -27,9 +27,11 @@ class Interval(NamedTuple):
 _UNKNOWN = Interval(math.nan, math.nan, math.nan)
 
 
-def _check_level(level):
-    if not 0 < level < 1:
-        raise InputError(f'level is {level}: it must lie between 0 and 1')
+def _check_open(value, what):  # between 0 and 1, as a float
+    value = as_number(value, what)
+    if not 0 < value < 1:
+        raise InputError(f'{what} is {value:g}: it must lie between 0 and 1')
+    return value
 
 
 def _as_vector(values):  # (N,) booleans or numbers, whatever they come in
@@ -39,6 +41,8 @@ def _as_vector(values):  # (N,) booleans or numbers, whatever they come in
     elif isinstance(values, (list, tuple)):
         values = [v.item() if hasattr(v, 'item') else v for v in values]
     values = np.asarray(values)
+    if values.size and values.dtype.kind not in 'biuf':
+        raise InputError(f'the values have type {values.dtype}: give numbers')
     if values.ndim != 1:
         raise InputError(
             f'the values have shape {values.shape}: give one number an image'
@@ -52,12 +56,14 @@ def share_interval(
     n: int = None,  # images, where `right` counts them
 ) -> Interval:  # within [0, 1]; three NaN for no images
     "Share of True with Wilson's interval, as scipy computes it."
-    _check_level(level)
+    level = _check_open(level, 'level')
     if n is None:
         right, n = _as_vector(right).sum(), len(right)
+    else:
+        right, n = as_number(right, 'right'), check_count(n, 'n', 0)
     if not 0 <= right <= n or right != int(right):
         raise InputError(
-            f'{right} of {n} images is no share: give booleans, or a count and n'
+            f'{right:.12g} of {n} images is no share: give booleans, or a count and n'
         )
     if not n:
         return _UNKNOWN
@@ -73,9 +79,8 @@ def mean_interval(
     seed: int = 0,  # of the resamples
 ) -> Interval:  # NaN for what cannot be known: all from no values, the ends from one
     "Mean with the wider of Student's and the studentized bootstrap's interval."
-    _check_level(level)
-    if n_boot < 1:
-        raise InputError(f'n_boot is {n_boot}: take at least one resample')
+    level, n_boot = _check_open(level, 'level'), check_count(n_boot, 'n_boot')
+    seed = check_count(seed, 'seed', -(2**63))
     v = torch.from_numpy(_as_vector(values).astype(float))
     n, mean = len(v), v.mean().item()
     if n < 2:
@@ -162,7 +167,7 @@ def separation_interval(
     paired: bool = False,  # is the i-th adversarial input made from the i-th normal?
 ) -> Interval:  # within [0, 1]; three NaN where either side is empty
     "AUC with Wilson's interval for the images that DeLong's variance stands for."
-    _check_level(level)
+    level = _check_open(level, 'level')
     x, y = _rankable(normal), _rankable(adversarial)
     n, m = len(x), len(y)
     if paired and n != m:
@@ -214,7 +219,8 @@ def tpr_interval(
     level: float = 0.95,  # of the interval
 ) -> tuple:  # low and high, in [0, 1]; low is 0 where N < `normals_needed(fpr, level)`
     "Ends of the interval of `tpr_at_fpr`: threshold and rate are both uncertain."
-    x, y = _both_sides(normal, adversarial, fpr, 'fpr', level)
+    fpr, level = _check_open(fpr, 'fpr'), _check_open(level, 'level')
+    x, y = _both_sides(normal, adversarial)
     return _rate_ends(x, y, fpr, level)
 
 
@@ -228,7 +234,8 @@ def fpr_interval(
 
     `high` is 1 where M < `normals_needed(1 - tpr, level)`.
     """
-    x, y = _both_sides(normal, adversarial, tpr, 'tpr', level)
+    tpr, level = _check_open(tpr, 'tpr'), _check_open(level, 'level')
+    x, y = _both_sides(normal, adversarial)
     low, high = _rate_ends(-y, -x, 1 - tpr, level)
     return 1 - high, 1 - low
 
@@ -238,13 +245,11 @@ def normals_needed(
     level: float = 0.95,  # of the interval
 ) -> int:  # with fewer scores the interval reaches to the end of the range
     "How many normal scores show that the threshold is not below all of them."
+    rate, level = _check_open(rate, 'rate'), _check_open(level, 'level')
     return math.ceil(math.log((1 - level) / 4) / math.log1p(-rate))
 
 
-def _both_sides(normal, adversarial, rate, name, level):  # scores, once all is checked
-    _check_level(level)
-    if not 0 < rate < 1:
-        raise InputError(f'{name} is {rate}: it must lie between 0 and 1')
+def _both_sides(normal, adversarial):  # scores, once all is checked
     x, y = _rankable(normal), _rankable(adversarial)
     if not len(x) or not len(y):
         raise InputError(

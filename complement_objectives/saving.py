@@ -20,6 +20,7 @@ from complement_objectives.core import (
     InputError,
     json_default,
     atomic_write,
+    in_short,
     load_json,
     save_json,
     software_versions,
@@ -28,19 +29,29 @@ from .models import ReverseLogits, create_model
 
 # %% ../nbs/05b_saving.ipynb #a5e10e03
 def save_tensors(
-    tensors: dict,  # name → tensor, on any device
+    tensors: dict,  # name → tensor, on any device; they may share memory
     path: str | Path,  # the file
     header: dict = None,  # whatever JSON can hold; travels inside the file
 ):
     """Write tensors as safetensors in one step, see `atomic_write`.
 
     The file holds a checksum over the tensors and the header."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    tensors = {name: _to_save(name, value) for name, value in tensors.items()}
     header = json.loads(json.dumps(header or {}, default=json_default))
     # one entry: safetensors puts several in any order
     sealed = json.dumps(dict(sha256=_digest(header, tensors), header=header))
     with atomic_write(path) as temporary:
+        temporary.touch()  # says which folder is missing or closed
         save_file(tensors, temporary, dict(header=sealed))
+
+
+def _to_save(name, value) -> torch.Tensor:  # a copy of its own, laid out plainly
+    if not isinstance(name, str) or name == '__metadata__':
+        raise InputError(f'{in_short(name)} is no name for a tensor: give a text')
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"'{name}' is {in_short(value)}: give a tensor")
+    plain = value.detach().cpu().resolve_conj().resolve_neg()
+    return plain.clone(memory_format=torch.contiguous_format)
 
 
 def _digest(header, tensors: dict) -> str:  # of all that a reader will trust
@@ -163,7 +174,7 @@ def state_mismatch(
 
 
 def _without_weights(network: dict, where: str):  # on the meta device
-    if 'name' not in network:
+    if not isinstance(network, dict) or 'name' not in network:
         raise InputError(f'{where}: the network has no name')
     try:
         with torch.device('meta'):
@@ -179,11 +190,11 @@ def _check_names(info: dict, tensors: dict):
         raise InputError(
             f"'{taken[0]}' is an entry that the library writes: choose another name"
         )
-    strange = [name for name in tensors if not name.startswith('detector.')]
+    strange = [name for name in tensors if not str(name).startswith('detector.')]
     if strange:
         raise InputError(
             "further tensors have names that start with 'detector.', "
-            f"'{strange[0]}' does not"
+            f'{in_short(strange[0])} does not'
         )
 
 # %% ../nbs/05b_saving.ipynb #2c836b77
@@ -247,6 +258,8 @@ def split_tensors(
 ):  # for JSON: {'tensor': name} for a tensor, {'items': pairs} for a dict
     "Take the tensors out of a nest."
     if isinstance(nest, torch.Tensor):
+        while name in tensors:  # {'a': {'b': …}, 'a.b': …}
+            name += "'"
         tensors[name] = nest
         return dict(tensor=name)
     if isinstance(nest, dict):
@@ -268,7 +281,10 @@ def join_tensors(
         return nest
     if 'tensor' in nest:
         return tensors[nest['tensor']]
-    return {k: join_tensors(v, tensors) for k, v in nest['items']}
+    return {
+        tuple(k) if isinstance(k, list) else k: join_tensors(v, tensors)
+        for k, v in nest['items']
+    }
 
 # %% ../nbs/05b_saving.ipynb #3c1194ee
 def differences(

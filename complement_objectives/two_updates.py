@@ -16,7 +16,13 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from .core import InputError, as_number, choose
+from complement_objectives.core import (
+    InputError,
+    as_number,
+    check_positive,
+    choose,
+    in_short,
+)
 from .losses.objectives import ComplementEntropyLoss
 
 # %% ../nbs/05a_two_updates.ipynb #748b512e
@@ -84,6 +90,7 @@ def logits_and_classes(
     *batch,  # inputs and then classes, or one dict with `labels`
 ) -> tuple:  # (N, K, …) logits, (N, …) classes
     "One forward pass over a batch."
+    _check_batch(batch)
     if not isinstance(batch[0], Mapping):
         return _logits(model(*batch[:-1])), batch[-1]
     inputs = dict(batch[0])
@@ -96,6 +103,14 @@ def logits_and_classes(
             'that says which logit belongs to which label'
         )
     return _logits(model(**inputs)), y
+
+
+def _check_batch(
+    batch: tuple,  # what `logits_and_classes` is to take
+):
+    "`InputError` unless there are inputs and classes, or a dict."
+    if len(batch) < 2 and not (batch and isinstance(batch[0], Mapping)):
+        raise InputError('a batch is inputs and classes, or a dict with labels')
 
 # %% ../nbs/05a_two_updates.ipynb #ca157f7e
 def _scaler_of(
@@ -153,6 +168,7 @@ class _Update:
             raise InputError(
                 f'loss_func is {loss_func!r}: give a function of logits and classes'
             )
+        _check_optimizer(opt)
         self.model, self.opt, self.loss_func = model, opt, loss_func
         self.forward, self.backward, self.context = forward, backward, context
         loop_opt = opt if loop_opt is None else loop_opt
@@ -227,6 +243,19 @@ class _Update:
                 'Lightning unscales right before it'
             )
 
+
+def _check_optimizer(
+    opt,  # of an update
+):
+    "`InputError` for what cannot make a step by itself."
+    step = getattr(_bare(opt), 'step', None)
+    if isinstance(opt, type) or not callable(step):
+        raise InputError(f"{in_short(opt)} is no optimizer: give torch's or fastai's")
+    closure = inspect.signature(step).parameters.get('closure')
+    if closure is not None and closure.default is closure.empty:
+        kind = type(_bare(opt)).__name__
+        raise InputError(f'{kind} needs a closure for a step: give another optimizer')
+
 # %% ../nbs/05a_two_updates.ipynb #508ad921
 class ComplementUpdate:
     "Line 3 of COT's Algorithm 1: `keep` each micro-batch, `step` after the optimizer."
@@ -265,10 +294,15 @@ class ComplementUpdate:
         *batch,  # arguments of `forward`: inputs and classes, or a dict
         weight=None,  # of this micro-batch's loss; None: 1/n, or as `backward` divides
     ):
-        "Remember a micro-batch until the update it belongs to."
-        own = self.update.forward is not logits_and_classes
-        if not own and len(batch) < 2 and not (batch and isinstance(batch[0], Mapping)):
-            raise InputError('keep takes inputs and classes, or a dict with labels')
+        """Remember a micro-batch until the update it belongs to.
+
+        `weight` is a number of at least 0. A tensor is taken as it is, without a look
+        at its value: NaN in it makes the whole update NaN.
+        """
+        if self.update.forward is logits_and_classes:
+            _check_batch(batch)
+        if not isinstance(weight, Tensor):
+            weight = check_positive(weight, 'weight', zero=True, none=True)
         batch = tuple(dict(b) if isinstance(b, Mapping) else b for b in batch)
         self.kept.append((batch, weight))
 

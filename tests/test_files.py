@@ -16,12 +16,14 @@ from complement_objectives.data import ImageData, digits
 from complement_objectives.detection import RobustClassifier
 from complement_objectives.models import ReverseLogits, digits_cnn
 from complement_objectives.saving import (
+    join_tensors,
     load_classifier,
     load_header,
     load_tensors,
     read_tensors,
     save_classifier,
     save_tensors,
+    split_tensors,
 )
 from complement_objectives.study import recipes
 from complement_objectives.study import results as s
@@ -116,6 +118,51 @@ def test_truncations_and_rubbish(content, tmp_path):
         refused(tmp_path / 'x.safetensors', n.to_bytes(8, 'little') + content[8:])
     for n in (1, 8, 100):
         refused(tmp_path / 'x.safetensors', content + bytes(n))
+
+
+NO_TENSORS = [
+    {1: torch.ones(2)},
+    {None: torch.ones(2), 'a': torch.ones(2)},
+    {'__metadata__': torch.ones(2)},
+    dict(a=np.ones(2)),
+    dict(a=0.5),
+    dict(a=None),
+]
+
+
+@pytest.mark.parametrize('tensors', NO_TENSORS, ids=repr)
+def test_what_is_no_tensor_or_has_no_name_is_not_written(tensors, tmp_path):
+    with pytest.raises(InputError, match='give a te(nsor|xt)') as e:
+        save_tensors(tensors, tmp_path / 'a')
+    assert len(str(e.value).splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_odd_tensors_and_headers_come_back(tmp_path):
+    whole = torch.arange(6.0)
+    odd = {'': whole, 'a/b': whole, '../c': whole[1:], 'ä\n': whole[::2]}
+    odd |= dict(
+        conj=(whole * 1j).conj(), neg=whole._neg_view(), flat=whole[:1].expand(3)
+    )
+    header = dict(share=np.float32(0.5), n=np.int64(3), hits=torch.tensor([1, 0]))
+    save_tensors(odd, tmp_path / 'a', header)
+    tensors, found = read_tensors(tmp_path / 'a')
+    assert found == dict(share=0.5, n=3, hits=[1, 0]) and tensors.keys() == odd.keys()
+    assert all(torch.equal(tensors[name], odd[name]) for name in odd)
+    save_tensors({}, tmp_path / 'a', {})
+    assert read_tensors(tmp_path / 'a') == ({}, {})
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match='absent'):
+        save_tensors(TENSORS, tmp_path / 'absent' / 'a')
+
+
+def test_a_nest_whose_names_would_meet():
+    nest = {'a': {'b': torch.zeros(1)}, 'a.b': torch.ones(1), (1, 2): [torch.ones(2)]}
+    tensors = {}
+    text = json.dumps(split_tensors(nest, tensors))
+    again = join_tensors(json.loads(text), tensors)
+    assert len(tensors) == 3 and repr(again) == repr(nest)
 
 
 def test_foreign_files(tmp_path):

@@ -1,16 +1,28 @@
 "Data sets and networks by name, IDX files, and what the foundations may import."
 
 import gzip
+import math
 import subprocess
 import sys
 from dataclasses import replace
+from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from complement_objectives.core import InputError
+from complement_objectives.core import (
+    InputError,
+    as_number,
+    check_count,
+    check_positive,
+    choose,
+    derive_seed,
+    pick_device,
+    seed_everything,
+)
 from complement_objectives.data import (
     DATASETS,
     DataSet,
@@ -21,7 +33,14 @@ from complement_objectives.data import (
     load_data,
     read_idx,
 )
-from complement_objectives.intervals import mean_interval
+from complement_objectives.intervals import (
+    fpr_interval,
+    mean_interval,
+    normals_needed,
+    separation_interval,
+    share_interval,
+    tpr_interval,
+)
 from complement_objectives.models import (
     MODELS,
     Architecture,
@@ -40,6 +59,82 @@ def test_foundations_need_neither_fastai_nor_foolbox():
     assert not done.returncode, done.stderr
     loaded = {name.split('.')[0] for name in done.stdout.split()}
     assert 'torch' in loaded and not loaded & {'fastai', 'foolbox'}
+
+
+# names and numbers
+
+
+def refused(f, *args, **kwargs):
+    with pytest.raises(InputError) as e:
+        f(*args, **kwargs)
+    message = str(e.value)
+    assert len(message) < 200 and len(message.splitlines()) == 1
+    return message
+
+
+NO_NAMES = [None, 3, math.nan, dict, ['a'], {}, b'a', torch.ones(30, 30), 10**5000]
+
+
+@pytest.mark.parametrize('name', NO_NAMES, ids=lambda o: type(o).__name__)
+def test_a_name_that_is_no_text(name):
+    assert 'give one of the names a, b' in refused(choose, name, dict(a=1, b=2), 'it')
+    assert refused(pick_device, name).startswith('device is ')
+
+
+def test_names():
+    assert choose(np.str_('a'), dict(a=1), 'thing') == 1
+    for name in ('', 'x' * 500, 'a\nb', "it's"):
+        assert refused(choose, name, dict(a=1), 'thing').startswith('unknown thing ')
+
+
+WHOLE = [3, np.int64(3), np.uint8(3), np.array(3), np.array([[3]])]
+WHOLE += [torch.tensor(3), torch.tensor([3], dtype=torch.int8)]
+REAL = [0.5, np.float32(0.5), np.float16(0.5), np.array(0.5), Fraction(1, 2)]
+REAL += [torch.tensor(0.5), torch.tensor([0.5]).bfloat16()]
+REAL += [torch.nn.Parameter(torch.tensor(0.5))]
+NONE = [True, np.bool_(True), torch.tensor(True), np.array(True), 1j, np.complex64(1)]
+NONE += ['3', np.array('3'), None, [3], torch.tensor(1j), torch.ones(20, 20)]
+NONE += [np.timedelta64(3, 's'), torch.tensor(3, device='meta'), np.array(None)]
+HUGE = [10**400, np.array([10**400]), 10**5000]
+
+
+def test_numbers_become_pythons():
+    for value in WHOLE:
+        found = (
+            check_count(value, 'n'),
+            as_number(value, 'n'),
+            check_positive(value, 'n'),
+        )
+        assert found == (3, 3, 3) and [type(v) for v in found] == [int, float, float]
+        assert derive_seed(value, 'a') == derive_seed(3, 'a')
+        seed_everything(value)
+        assert torch.initial_seed() == 3
+    for value in REAL:
+        found = as_number(value, 'n'), check_positive(value, 'n')
+        assert found == (0.5, 0.5) and [type(v) for v in found] == [float, float]
+    assert math.isnan(as_number(np.float32('nan'), 'n'))
+    assert as_number(torch.tensor(math.inf), 'n') == math.inf
+
+
+CHECKS = [as_number, check_count, check_positive]
+
+
+@pytest.mark.parametrize('value', [*NONE, *HUGE], ids=lambda o: type(o).__name__)
+def test_what_is_no_number_or_too_large(value):
+    assert all(refused(check, value, 'size').startswith('size ') for check in CHECKS)
+    for f in (derive_seed, seed_everything):
+        assert refused(f, value).startswith('seed must be a whole number')
+
+
+def test_whole_numbers_in_their_range():
+    for value in (*REAL, 3.0, math.nan, math.inf, 0, -(10**400)):
+        assert 'whole number of at least 1' in refused(check_count, value, 'n')
+    assert 'and below' in refused(check_count, 2**63, 'n')
+    assert check_count(2**63 - 1, 'n') == 2**63 - 1
+    for seed in (-1, 2**32):
+        refused(seed_everything, seed)
+    for value in (math.nan, math.inf, 0, -1, torch.tensor(math.nan)):
+        assert 'finite and above 0' in refused(check_positive, value, 'n')
 
 
 # networks
@@ -187,3 +282,50 @@ def test_many_numbers_do_not_take_long():
     error = v.std(ddof=1) / len(v) ** 0.5
     low, high = (found.value - found.low) / error, (found.high - found.value) / error
     assert low == pytest.approx(1.96, abs=1e-3) and 1.96 < high < 1.97
+
+
+V = [0.1, 0.2, 0.5, 0.7]
+INTERVALS = [
+    (mean_interval, [V], 'level'),
+    (share_interval, [[True, False]], 'level'),
+    (separation_interval, [V, V], 'level'),
+    (tpr_interval, [V, V], 'level'),
+    (tpr_interval, [V, V], 'fpr'),
+    (fpr_interval, [V, V], 'level'),
+    (fpr_interval, [V, V], 'tpr'),
+    (normals_needed, [], 'level'),
+    (normals_needed, [], 'rate'),
+]
+
+
+@pytest.mark.parametrize('f, args, name', INTERVALS)
+def test_levels_and_rates(f, args, name):
+    for value in (np.float32(0.9), torch.tensor(0.9)):
+        assert f(*args, **{name: value}) == f(*args, **{name: float(value)})
+    for value in (
+        0,
+        1,
+        -0.1,
+        95,
+        math.nan,
+        math.inf,
+        True,
+        '0.9',
+        None,
+        [0.9, 1],
+        HUGE[0],
+    ):
+        assert refused(f, *args, **{name: value}).startswith(f'{name} is ')
+
+
+def test_counts_and_values_of_intervals():
+    for value in (0, -1, 2.5, True, '3', None, HUGE[0]):
+        assert 'n_boot must be' in refused(mean_interval, V, n_boot=value)
+    for value in (-1, 2.5, True, '3', HUGE[0]):
+        assert refused(share_interval, 1, n=value).startswith('n must be')
+    for value in (-1, 2.5, 6, math.nan, True, None, HUGE[0]):
+        refused(share_interval, value, n=5)
+    assert share_interval(np.int64(3), n=torch.tensor(5)) == share_interval(3, n=5)
+    for f in (mean_interval, share_interval, partial(separation_interval, V)):
+        for values in (['a'], [None], 3, 'abc', [[1]], torch.tensor([1j]), [HUGE[0]]):
+            assert 'the values have' in refused(f, values)

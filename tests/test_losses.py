@@ -12,6 +12,7 @@ import sys
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,13 @@ def batch(n=8, k=K, dtype=torch.float64):
     return torch.randn(n, k, dtype=torch.float64).mul(2).to(
         dtype
     ).requires_grad_(), torch.arange(n) % k
+
+
+def one_line(f, *args, **kwargs):
+    with pytest.raises(ValueError) as e:
+        f(*args, **kwargs)
+    assert len(str(e.value).splitlines()) == 1 and len(str(e.value)) < 200
+    return str(e.value)
 
 
 def gradient(f, z, y, **kwargs):
@@ -421,6 +429,15 @@ def test_other_shapes_are_refused(f):
     for wrong in (y[None], y[:-1], y[:, None, None], torch.stack([y, y], 1), y[0]):
         with pytest.raises(ValueError, match='target must have shape'):
             f(z, wrong)
+
+
+@each_loss
+def test_what_is_no_tensor_of_the_right_kind(f):
+    z, y = batch()
+    for wrong in (z.tolist(), None, z.detach().numpy(), z.long(), z * 1j):
+        assert one_line(f, wrong, y).startswith('logits must be ')
+    for wrong in (y.tolist(), None, y.numpy(), y.float(), y * 1j):
+        assert one_line(f, z, wrong).startswith('target must ')
 
 
 @each_module
@@ -873,3 +890,132 @@ def test_rows_of_a_wrong_shape_are_refused(shape, weight, reduction):
     loss = Wrong(weight=weight, reduction=reduction)
     with pytest.raises(ValueError, match='rows must return one value a row'):
         loss(torch.randn(6, 4), torch.arange(6) % 4)
+
+
+# ---- parameters ------------------------------------------------------------------------------------------------------
+
+NUMBERS = [0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5)]
+NO_NUMBERS = [True, np.bool_(True), torch.tensor(True), np.array(True), '1', None, 1j]
+NO_NUMBERS += [10**400, 10**5000, [0.5], np.array([0.5]), torch.ones(K), np.array('1')]
+
+
+@pytest.mark.parametrize('value', NUMBERS, ids=lambda o: type(o).__name__)
+def test_a_number_of_any_kind(value):
+    z, y = batch()
+    loss = L.GuidedComplementEntropyLoss(value)
+    assert type(loss.alpha) is float and 'alpha=0.5,' in repr(loss)
+    assert torch.equal(loss(z, y), L.GuidedComplementEntropyLoss(0.5)(z, y))
+    assert torch.allclose(L.guided_complement_entropy(z, y, value), loss(z, y))
+    assert R.ProbabilisticallyCompactLoss(value, lam=value).settings()['lam'] == 0.5
+    assert losses.Range(0, 1).allows(value)
+
+
+@pytest.mark.parametrize('value', NO_NUMBERS, ids=lambda o: type(o).__name__)
+def test_what_is_no_number(value):
+    (z, y), positive = batch(), losses.Range(low=0)
+    assert not positive.allows(value)
+    for f in (
+        partial(positive.check, 'alpha', value),
+        partial(L.GuidedComplementEntropyLoss, value),
+        partial(L.guided_complement_entropy, z, y, value),
+    ):
+        assert one_line(f).startswith('alpha must be ')
+
+
+class Own(losses.RowLoss):
+    ranges = dict(power=losses.Range(low=0), kind=('sum', 'max'))
+
+    def __init__(self, power=1.0, kind='sum', **kwargs):
+        super().__init__(**kwargs)
+        self.keep_parameters(power=power, kind=kind)
+
+    def rows(self, z, t):
+        return z.exp().sum(1) ** self.power
+
+
+class OwnPassedOn(Own):
+    def __init__(self, **kw):
+        super().__init__(**kw)
+
+
+class OwnAndMore(OwnPassedOn):
+    ranges = dict(shift=losses.Range())
+
+    def __init__(self, shift=0, *, reduction='sum', **kw):
+        super().__init__(reduction=reduction, **kw)
+        self.keep_parameters(shift=shift)
+
+
+def test_parameters_add_up_from_class_to_class():
+    loss = OwnAndMore(2, power=3, kind='max', ignore_index=-1)
+    rest = dict(weight=None, ignore_index=-1, reduction='sum')
+    assert loss.settings() == dict(power=3, kind='max', shift=2, **rest)
+    assert repr(loss).startswith("OwnAndMore(power=3, kind='max', shift=2, ")
+    assert set(OwnAndMore.ranges) == {'power', 'kind', 'shift'}
+    assert set(Own.ranges) == set(OwnPassedOn.ranges) == {'power', 'kind'}
+    for cls in (Own, OwnPassedOn, OwnAndMore):
+        parameters = inspect.signature(cls).parameters
+        assert set(parameters) == set(cls().settings())
+        assert parameters['power'].default == 1.0
+    for wrong in (dict(power=-1), dict(kind='mean'), dict(kind=None), dict(kind=3)):
+        name = next(iter(wrong))
+        assert one_line(OwnAndMore, **wrong).startswith(f'{name} must be ')
+    assert 'one of sum, max' in one_line(Own, kind=torch.ones(30, 30))
+    with pytest.raises(TypeError, match='unknown'):
+        OwnAndMore(unknown=1)
+
+
+def test_a_learned_parameter_and_arrays_in_the_repr():
+    loss = Own(nn.Parameter(torch.tensor(0.5)))
+    assert [name for name, _ in loss.named_parameters()] == ['power']
+    assert 'power=0.5,' in repr(loss)
+    loss.keep_parameters(table=np.ones((2, 3)), centers=torch.ones(4, 5))
+    assert 'table=(2, 3), centers=(4, 5)' in repr(loss)
+
+
+NO_GROUPS = [[], [0.0] * K, [0, 0, 1, 1, 2, -1], [0, 0, 1, 1, 2, 10**400], [True] * K]
+NO_GROUPS += [torch.ones(K).bool(), 'abcdef', None, 3, torch.tensor(3), [[0, 1]] * 3]
+NO_GROUPS += [[0, [1]], ['a'] * K, np.array(['a'] * K), {0: 1}, [0j] * K, torch.ones(K)]
+NO_GROUPS += [np.array([2**64 - 1] * K, np.uint64)]
+
+
+@pytest.mark.parametrize('groups', NO_GROUPS, ids=lambda o: type(o).__name__)
+def test_groups_that_are_none(groups):
+    for f in (
+        partial(R.HierarchicalComplementEntropyLoss, groups),
+        partial(R.hierarchical_complement_entropy_loss, *batch(), groups),
+    ):
+        assert one_line(f).startswith('groups must be whole numbers of at least 0')
+
+
+def test_groups():
+    (z, y), cls = batch(), R.HierarchicalComplementEntropyLoss
+    expected = cls(GROUPS)(z, y)
+    for groups in (GROUPS.tolist(), tuple(GROUPS.tolist()), GROUPS.numpy()):
+        assert torch.equal(cls(groups)(z, y), expected)
+    for groups in (GROUPS.byte(), GROUPS.numpy().astype(np.uint64), 2**62 + GROUPS):
+        assert torch.equal(cls(groups)(z, y), expected)
+    for wrong in ([0], [0] * (K - 1), [0] * (K + 1)):
+        assert 'of each of the 6 classes' in one_line(cls(wrong), z, y)
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf, -1.0])
+@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
+def test_odd_class_weights_do_what_they_do_in_cross_entropy(value, reduction):
+    (z, y), w = batch(), torch.ones(K).double()
+    w[2] = value
+    for t in (y, y.clamp(max=1)):
+        expected = F.cross_entropy(z, t, w, reduction=reduction)
+        found = FUNCTIONS['cross-entropy'](z, t, weight=w, reduction=reduction)
+        assert torch.allclose(found, expected, equal_nan=True)
+
+
+def test_help_says_what_a_function_computes():
+    for name in losses.__all__:
+        member = getattr(losses, name)
+        if name.endswith(('_entropy', '_loss', 'Loss')) and 'plain' not in name:
+            first, *rest = inspect.getdoc(member).splitlines()
+            assert first and len(' '.join(rest)) > 60, name
+    for f in FUNCTIONS.values():
+        text = getattr(f, 'func', f).__doc__
+        assert 'ValueError' in text and '(N, K)' in text and "'none'" in text

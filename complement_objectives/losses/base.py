@@ -7,15 +7,19 @@ __all__ = ['Range', 'loss_of_rows', 'RowLoss']
 
 # %% ../../nbs/01e_loss_base.ipynb #d43fb24e
 import importlib
+import inspect
 import math
 import sys
 import warnings
 from dataclasses import dataclass
+from numbers import Real
 
 # %% ../../nbs/01e_loss_base.ipynb #6a3f779e
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
+from ..core import in_short
 
 # %% ../../nbs/01e_loss_base.ipynb #e0ee07c9
 @dataclass(frozen=True)
@@ -31,10 +35,13 @@ class Range:
         self,
         value: float,  # a number
     ) -> bool:
-        "Whether the number lies in the range and is finite."
+        "Whether it is a number, finite and in the range; True and False are none."
+        if not _is_number(value):
+            return False
         above = value >= self.low if self.low_too else value > self.low
         below = value <= self.high if self.high_too else value < self.high
-        return bool(above and below and abs(value) < math.inf)
+        finite = abs(value) < math.inf and abs(value) <= sys.float_info.max
+        return bool(above and below and finite)
 
     def __str__(self):
         if self.high == math.inf:
@@ -50,14 +57,37 @@ class Range:
         self,
         name: str,  # of the parameter
         value,  # must be a number of the range
-    ):
+    ):  # the same, Python's number where it was NumPy's or torch's
         "Refuse what is no number, such as class weights by position, or outside."
-        if not isinstance(value, (int, float)) and getattr(value, 'ndim', 1):
+        if not _is_number(value):
             kind = type(value).__name__
-            hint = 'class weights go by keyword, weight=…'
-            raise ValueError(f'{name} must be a number, got {kind}; {hint}')
+            several = isinstance(value, (list, tuple)) or getattr(value, 'ndim', 0)
+            hint = '; class weights go by keyword, weight=…' if several else ''
+            raise ValueError(f'{name} must be a number, got {kind}{hint}')
+        value = _plain(value)
         if not self.allows(value):
-            raise ValueError(f'{name} must be {self}, got {value}')
+            raise ValueError(f'{name} must be {self}, got {in_short(value)}')
+        return value
+
+
+def _plain(
+    value,  # of a parameter
+):  # Python's number for NumPy's or torch's, but for one that is learned
+    "Numbers as Python has them, all else as it is."
+    single = isinstance(value, (Tensor, np.ndarray, np.generic)) and not value.ndim
+    learned = getattr(value, 'requires_grad', False)
+    return value.item() if single and not learned else value
+
+
+def _is_number(
+    value,  # of a parameter
+) -> bool:
+    "Whether it is one real number, of Python, NumPy or torch."
+    if isinstance(value, Tensor):
+        odd = value.is_complex() or value.dtype is torch.bool
+        return not value.ndim and not odd
+    value = _plain(value)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 # %% ../../nbs/01e_loss_base.ipynb #6e783eeb
 POSITIVE = Range(low=0)
@@ -90,6 +120,8 @@ def count_classes(
     logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalized scores
 ) -> int:  # K, 0 where there is no such axis
     "How many classes there are."
+    if not isinstance(logits, Tensor):
+        raise ValueError(f'logits must be a tensor, got {type(logits).__name__}')
     return static_shape(logits)[1] if logits.ndim > 1 else 0
 
 # %% ../../nbs/01e_loss_base.ipynb #a2c4ce37
@@ -107,7 +139,9 @@ def _check_target(
     shape: tuple,  # of the logits: (N, K) or (N, K, d1, …)
 ):
     "Refuse probabilities, and shapes that do not go with those of the logits."
-    if target.is_floating_point():
+    if not isinstance(target, Tensor):
+        raise ValueError(f'target must be a tensor, got {type(target).__name__}')
+    if target.is_floating_point() or target.is_complex():
         raise ValueError(
             'target must hold class indices, not probabilities; for Mixup blend '
             'the losses of both targets, as fastai does when y_int is True'
@@ -126,7 +160,6 @@ def _flat_rows(
     target: Tensor,  # (N,) or (N, d1, …) class indices, or one axis of size 1 more
 ) -> tuple[Tensor, Tensor, int]:  # logits (M, K), target (M,) int64, K
     "Check shapes and dtypes, bring the class axis last and flatten the others."
-    logits, target = _without_subclass(logits), _without_subclass(target)
     k = count_classes(logits)
     if k < 2:
         raise ValueError(
@@ -134,6 +167,9 @@ def _flat_rows(
             f'got {tuple(logits.shape)}'
         )
     _check_target(target, static_shape(logits))
+    if not logits.is_floating_point():
+        raise ValueError(f'logits must be floating point, got {logits.dtype}')
+    logits, target = _without_subclass(logits), _without_subclass(target)
     if logits.device != target.device:
         raise ValueError(
             'logits and target must be on one device, '
@@ -300,7 +336,13 @@ def loss_of_rows(
     ignore_index: int = -100,  # targets that count for nothing
     reduction: str = 'mean',  # 'none', 'mean' or 'sum'
 ) -> Tensor:  # a number, or (N,) or (N, d1, …)
-    "Check, weight, evaluate and reduce."
+    """Check, weight, evaluate and reduce.
+
+    `rows` is the formula: it gets logits (M, K), in float32 or better, and true classes
+    (M,), and returns (M,) values. `logits` and `target` may have more axes; `weight`,
+    `ignore_index` and `reduction` do what they do in `F.cross_entropy`. What does not
+    fit is a `ValueError`.
+    """
     check_reduction(reduction)
     z, t, k = _flat_rows(logits, target)
     if weight is not None:
@@ -330,15 +372,22 @@ class RowLoss(nn.Module):
     """A loss of logits and class indices: write `rows`, and the rest is there.
 
     The rest: checks, class weights, ignored targets, reductions, dense prediction,
-    and what fastai asks of a loss.
+    and what fastai asks of a loss. Parameters of its own go through `keep_parameters`,
+    which checks them against `ranges`.
     """
 
     paper = ''  # where it comes from, with the equation
     y_int = True  # fastai: targets are indices, so MixUp blends two losses
     reverse = False  # must the trained network's logits be negated to classify?
     negated = False  # have they been negated before they come here?
-    ranges = {}  # the `Range` of each number of its own
+    ranges = {}  # name → `Range` or tuple of words; a subclass adds its own
     _own = ()  # names of its own parameters
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.ranges = super(cls, cls).ranges | cls.ranges
+        if make := vars(cls).get('__init__'):
+            make.__signature__ = _whole_signature(cls, make)
 
     def __init__(
         self,
@@ -346,6 +395,8 @@ class RowLoss(nn.Module):
         ignore_index: int = -100,  # targets that count for nothing
         reduction: str = 'mean',  # 'none', 'mean' or 'sum'
     ):
+        """`weight` (K,), one number a class; `ignore_index`, a target that counts for
+        nothing; `reduction`, 'none', 'mean' or 'sum': as in `nn.CrossEntropyLoss`."""
         super().__init__()
         _teach_fastai()
         check_reduction(reduction)
@@ -356,15 +407,18 @@ class RowLoss(nn.Module):
         self,
         **own,  # the loss's own parameters
     ):
-        "Check them against `ranges` and keep them, for `settings` and the repr."
+        """Check them against `ranges` and keep them, for `settings` and the repr.
+
+        NumPy's numbers and tensors without axes become Python's, but for one that
+        requires a gradient."""
         for name, value in own.items():
-            if name in self.ranges:
-                self.ranges[name].check(name, value)
+            value = _plain(value)
+            _check_own(name, value, self.ranges.get(name))
             if isinstance(value, Tensor) and value.ndim:
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)
-        self._own = tuple(own)
+        self._own = tuple(dict.fromkeys([*self._own, *own]))
 
     def settings(self) -> dict:  # name → value
         "All parameters, as the function of the same loss takes them."
@@ -387,7 +441,12 @@ class RowLoss(nn.Module):
         logits: Tensor,  # (N, K) or (N, K, d1, …) unnormalized scores
         target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
     ) -> Tensor:  # a number, or (N,) or (N, d1, …)
-        "The loss of a batch."
+        """The loss of a batch.
+
+        `logits` are (N, K) or (N, K, d1, …), unnormalized and in any floating type,
+        `target` class indices (N,), (N, 1) or (N, d1, …). Returns a number, or
+        (N,) or (N, d1, …) with reduction 'none'.
+        """
         common = dict(weight=self.weight, ignore_index=self.ignore_index)
         return loss_of_rows(
             logits, target, self.rows, reduction=self.reduction, **common
@@ -418,7 +477,39 @@ class RowLoss(nn.Module):
 def _short(
     value,  # of a parameter
 ) -> str:
-    "Four digits of a number, the length of a tensor."
-    if isinstance(value, float):
-        return f'{value:.4g}'
-    return f'({len(value)},)' if isinstance(value, Tensor) else repr(value)
+    "Four digits of a number, the shape of a tensor."
+    if isinstance(value, (Tensor, np.ndarray)):
+        return str(tuple(value.shape)) if value.ndim else _short(value.item())
+    return f'{value:.4g}' if isinstance(value, float) else repr(value)
+
+
+def _check_own(
+    name: str,  # of the parameter
+    value,  # what was given
+    allowed,  # a `Range`, a tuple of words, or None: anything
+):
+    "Refuse what the loss does not take."
+    if isinstance(allowed, tuple):
+        if not isinstance(value, str) or value not in allowed:
+            words = ', '.join(allowed)
+            raise ValueError(f'{name} must be one of {words}, got {in_short(value)}')
+    elif allowed is not None:
+        allowed.check(name, value)
+
+
+def _whole_signature(
+    cls,  # a subclass of `RowLoss`
+    make,  # its `__init__`
+) -> inspect.Signature:
+    "That of `make`, with the base's parameters in place of its `**kwargs`."
+    own = list(inspect.signature(make).parameters.values())
+    if own[-1].kind is not inspect.Parameter.VAR_KEYWORD:
+        return inspect.signature(make)
+    base = next(c for c in cls.__mro__[1:] if issubclass(c, RowLoss))
+    named = {p.name for p in own}
+    passed_on = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for p in inspect.signature(base).parameters.values()
+        if p.name not in named and p.kind is not inspect.Parameter.VAR_POSITIONAL
+    ]
+    return inspect.Signature([*own[:-1], *passed_on])

@@ -60,7 +60,14 @@ def complement_entropy(
     target: Tensor,  # (N,), (N, 1) or (N, d1, …) class indices
     reduction: str = 'mean',  # 'none', 'mean' or 'sum'
 ) -> Tensor:  # entropy in nats, between 0 and log(K-1)
-    "Entropy of the softmax over the wrong classes: COT Eq 2."
+    """Entropy of the softmax over the wrong classes: COT Eq 2.
+
+    H = -Σ q_j log q_j over j ≠ target, q_j = p_j / (1 - p_target), p = softmax(logits).
+    It is a measure, to be made large; to train, take `complement_entropy_loss`.
+
+    `logits` are (N, K) or (N, K, d1, …), `target` class indices (N,) or (N, d1, …),
+    `reduction` is 'none', 'mean' or 'sum'. What does not fit is a `ValueError`.
+    """
     rows, fast = plain_complement_entropy, _fast_entropy
     return loss_of_rows(logits, target, rows, fast, reduction=reduction)
 
@@ -74,7 +81,17 @@ def complement_entropy_loss(
     ignore_index: int = -100,  # targets that count for nothing
     reduction: str = 'mean',  # 'none', 'mean' or 'sum'
 ) -> Tensor:  # -H/(K-1), or -H
-    "What step 2 of COT's Algorithm 1 minimizes; 0 with a zero gradient for K = 2."
+    """What step 2 of COT's Algorithm 1 minimizes; 0 with a zero gradient for K = 2.
+
+    -H / (K-1), COT Eq 3 negated, or -H without `normalize`; H is the entropy of the
+    wrong classes' probabilities, see `complement_entropy`. At most 0, and lowest,
+    -log(K-1) / (K-1), where these are equal. No pull on the true class: descend it
+    beside cross-entropy, in turns or as a sum.
+
+    `logits` are (N, K) or (N, K, d1, …), `target` class indices (N,) or (N, d1, …).
+    `weight` (K,), `ignore_index` and `reduction` ('none', 'mean', 'sum') do what they
+    do in `F.cross_entropy`. What does not fit is a `ValueError`.
+    """
     scale = -1 / max(count_classes(logits) - 1, 1) if normalize else -1.0
     rows, fast = plain_complement_entropy, _fast_entropy
     return loss_of_rows(
@@ -83,7 +100,15 @@ def complement_entropy_loss(
 
 # %% ../../nbs/01a_objectives.ipynb #2de931e1
 class ComplementEntropyLoss(RowLoss):
-    "Module form of `complement_entropy_loss`: COT Eq 3, negated."
+    """Module form of `complement_entropy_loss`: COT Eq 3, negated.
+
+    -H / (K-1), or -H without `normalize`: the entropy of the wrong classes'
+    probabilities, which descent makes equal.
+
+    Call it with logits (N, K) or (N, K, d1, …) and class indices (N,) or (N, d1, …).
+    `weight` (K,), `ignore_index` and `reduction` ('none', 'mean', 'sum') do what they
+    do in `nn.CrossEntropyLoss`. What does not fit is a `ValueError`.
+    """
 
     paper = 'COT (Chen et al. 2019) Eq 3, negated'
 
@@ -132,8 +157,18 @@ def guided_complement_entropy(
     ignore_index: int = -100,  # targets that count for nothing
     reduction: str = 'mean',  # 'none', 'mean' or 'sum'
 ) -> Tensor:  # loss in [-1, 0] when normalized
-    "Complement entropy times p^alpha of the true class, negated: GCE Eq 3."
-    POSITIVE.check('alpha', alpha)
+    """Complement entropy times p^alpha of the true class, negated: GCE Eq 3.
+
+    -p_g^alpha H / log(K-1): p_g is the true class's probability, H the entropy of the
+    wrong classes' probabilities, see `complement_entropy`. In [-1, 0], lowest where
+    p_g is 1 and the wrong classes are alike. `alpha` > 0: the larger, the less an
+    unsure row counts. K = 2 leaves 0 to divide by and needs `normalize=False`.
+
+    `logits` are (N, K) or (N, K, d1, …), `target` class indices (N,) or (N, d1, …).
+    `weight` (K,), `ignore_index` and `reduction` ('none', 'mean', 'sum') do what they
+    do in `F.cross_entropy`. What does not fit is a `ValueError`.
+    """
+    alpha = POSITIVE.check('alpha', alpha)
     k = count_classes(logits)
     if normalize and k == 2:
         raise ValueError(
@@ -149,7 +184,16 @@ def guided_complement_entropy(
 
 # %% ../../nbs/01a_objectives.ipynb #c6cc926b
 class GuidedComplementEntropyLoss(RowLoss):
-    "Module form of `guided_complement_entropy`: GCE Eq 3."
+    """Module form of `guided_complement_entropy`: GCE Eq 3.
+
+    -p_g^alpha H / log(K-1), in [-1, 0], for K > 2: p_g is the true class's probability,
+    H the entropy of the wrong classes'. `alpha` > 0; without `normalize` nothing is
+    divided. It takes the place of cross-entropy.
+
+    Call it with logits (N, K) or (N, K, d1, …) and class indices (N,) or (N, d1, …).
+    `weight` (K,), `ignore_index` and `reduction` ('none', 'mean', 'sum') do what they
+    do in `nn.CrossEntropyLoss`. What does not fit is a `ValueError`.
+    """
 
     paper = 'GCE (Chen et al. 2019) Eq 3'
     ranges = dict(alpha=POSITIVE)
@@ -194,13 +238,31 @@ def reverse_cross_entropy(
     ignore_index: int = -100,  # targets that count for nothing
     reduction: str = 'mean',  # 'none', 'mean' or 'sum'
 ) -> Tensor:  # loss of at least log(K-1)
-    "Cross-entropy against the reverse label R_y: RCE Eq 4."
+    """Cross-entropy against the reverse label R_y: RCE Eq 4.
+
+    The mean of -log p_j over the wrong classes j ≠ target, p = softmax(logits); at
+    least log(K-1). It makes the true class *un*likely: a network trained with it is
+    read with its logits negated (RCE §3.3).
+
+    `logits` are (N, K) or (N, K, d1, …), `target` class indices (N,) or (N, d1, …).
+    `weight` (K,), `ignore_index` and `reduction` ('none', 'mean', 'sum') do what they
+    do in `F.cross_entropy`. What does not fit is a `ValueError`.
+    """
     wrong = 1 / max(count_classes(logits) - 1, 1)
     return _label_loss(0.0, wrong, logits, target, weight, ignore_index, reduction)
 
 
 class ReverseCrossEntropyLoss(RowLoss):
-    "`reverse_cross_entropy` as a module (RCE Eq 4): the logits are read negated."
+    """`reverse_cross_entropy` as a module (RCE Eq 4): the logits are read negated.
+
+    The mean of -log p_j over the wrong classes, at least log(K-1). The trained network
+    predicts the class of the *lowest* logit: negate its logits, as `ReverseLogits`
+    and `activation` do.
+
+    Call it with logits (N, K) or (N, K, d1, …) and class indices (N,) or (N, d1, …).
+    `weight` (K,), `ignore_index` and `reduction` ('none', 'mean', 'sum') do what they
+    do in `nn.CrossEntropyLoss`. What does not fit is a `ValueError`.
+    """
 
     paper = 'RCE (Pang et al. 2018) Eq 4'
     reverse = True
@@ -234,14 +296,29 @@ def smoothed_cross_entropy(
     ignore_index: int = -100,  # targets that count for nothing
     reduction: str = 'mean',  # 'none', 'mean' or 'sum'
 ) -> Tensor:  # loss, at least 0
-    "Cross-entropy plus lam times reverse cross-entropy: RCE Eq 2."
-    NOT_NEGATIVE.check('lam', lam)
+    """Cross-entropy plus lam times reverse cross-entropy: RCE Eq 2.
+
+    -log p_g - lam · mean of log p_j over j ≠ g, p = softmax(logits), g the target:
+    label smoothing, not yet divided by 1 + lam. At least 0; `lam` = 0 is cross-entropy.
+
+    `logits` are (N, K) or (N, K, d1, …), `target` class indices (N,) or (N, d1, …).
+    `weight` (K,), `ignore_index` and `reduction` ('none', 'mean', 'sum') do what they
+    do in `F.cross_entropy`. What does not fit is a `ValueError`.
+    """
+    lam = NOT_NEGATIVE.check('lam', lam)
     wrong = lam / max(count_classes(logits) - 1, 1)
     return _label_loss(1.0, wrong, logits, target, weight, ignore_index, reduction)
 
 
 class SmoothedCrossEntropyLoss(RowLoss):
-    "Module form of `smoothed_cross_entropy`: RCE Eq 2."
+    """Module form of `smoothed_cross_entropy`: RCE Eq 2.
+
+    -log p_g - lam · mean of log p_j over the wrong classes, `lam` at least 0.
+
+    Call it with logits (N, K) or (N, K, d1, …) and class indices (N,) or (N, d1, …).
+    `weight` (K,), `ignore_index` and `reduction` ('none', 'mean', 'sum') do what they
+    do in `nn.CrossEntropyLoss`. What does not fit is a `ValueError`.
+    """
 
     paper = 'RCE (Pang et al. 2018) Eq 2'
     ranges = dict(lam=NOT_NEGATIVE)

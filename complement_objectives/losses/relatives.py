@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../../nbs/01c_relatives.ipynb #2f939cba
+from ..core import in_short
 from complement_objectives.losses.base import (
     NOT_NEGATIVE,
     POSITIVE,
@@ -23,6 +24,7 @@ from complement_objectives.losses.base import (
     count_classes,
     far_below,
     loss_of_rows,
+    needs_plain,
     static_shape,
 )
 from complement_objectives.losses.objectives import (
@@ -44,15 +46,30 @@ def complement_cross_entropy(
     ignore_index: int = -100,  # targets that count for nothing
     reduction: str = 'mean',  # 'none', 'mean' or 'sum'
 ) -> Tensor:  # loss
-    "Cross-entropy plus gamma/(K-1) times the complement entropy (CCE)."
-    _NEGATIVE.check('gamma', gamma)
+    """Cross-entropy plus gamma/(K-1) times the complement entropy (CCE).
+
+    -log p_g + gamma H / (K-1), `gamma` below 0; H is the entropy of the wrong classes'
+    probabilities, see `complement_entropy`.
+
+    `logits` are (N, K) or (N, K, d1, …), `target` class indices (N,) or (N, d1, …).
+    `weight` (K,), `ignore_index` and `reduction` ('none', 'mean', 'sum') do what they
+    do in `F.cross_entropy`. What does not fit is a `ValueError`.
+    """
+    gamma = _NEGATIVE.check('gamma', gamma)
     kw = dict(weight=weight, ignore_index=ignore_index, reduction=reduction)
     loss = smoothed_cross_entropy(logits, target, 0.0, **kw)
     return loss.sub(complement_entropy_loss(logits, target, **kw), alpha=gamma)
 
 
 class ComplementCrossEntropyLoss(RowLoss):
-    "Module form of `complement_cross_entropy`."
+    """Module form of `complement_cross_entropy`.
+
+    -log p_g + gamma H / (K-1), `gamma` below 0.
+
+    Call it with logits (N, K) or (N, K, d1, …) and class indices (N,) or (N, d1, …).
+    `weight` (K,), `ignore_index` and `reduction` ('none', 'mean', 'sum') do what they
+    do in `nn.CrossEntropyLoss`. What does not fit is a `ValueError`.
+    """
 
     paper = 'CCE (Kim et al. 2021)'
     ranges = dict(gamma=_NEGATIVE)
@@ -85,18 +102,22 @@ def _entropy_over(
 def _group_indices(
     groups,  # (K,) coarse class of each fine class
     device=None,  # to put them on
-) -> Tensor:  # (K,) integers
-    "Refuse what is no list of classes, such as class weights by position."
-    if isinstance(groups, Tensor):
-        groups = groups.to(device)
-    else:
-        groups = torch.tensor(groups, device=device)
-    if groups.is_floating_point():
+) -> Tensor:  # (K,) int64
+    "Refuse what is no list of coarse classes, such as class weights by position."
+    try:
+        found = groups if isinstance(groups, Tensor) else torch.tensor(groups)
+    except (TypeError, ValueError, RuntimeError):  # of a list torch makes nothing of
+        found = torch.empty(0)
+    odd = found.is_floating_point() or found.is_complex() or found.dtype == torch.bool
+    whole = not odd and found.ndim == 1 and static_shape(found)[0]
+    found = found.to(device, torch.int64)
+    known = found.device.type == 'cpu' and not needs_plain(found)
+    if not whole or (known and (found < 0).any()):
         raise ValueError(
-            'groups must be integers, the coarse class of each class; '
-            'class weights go by keyword, weight=…'
+            'groups must be whole numbers of at least 0, the coarse class of each '
+            f'class, got {in_short(groups)}; class weights go by keyword, weight=…'
         )
-    return groups
+    return found
 
 
 def hierarchical_complement_entropy_loss(
@@ -109,8 +130,17 @@ def hierarchical_complement_entropy_loss(
     ignore_index: int = -100,  # targets that count for nothing
     reduction: str = 'mean',  # 'none', 'mean' or 'sum'
 ) -> Tensor:  # loss, at most 0
-    "Minus the entropies of the siblings and of the classes outside the group (HCOT)."
-    groups, k = _group_indices(groups, logits.device), count_classes(logits)
+    """Minus the entropies of the siblings and of the classes outside the group (HCOT).
+
+    `groups` (K,) says which coarse class each class belongs to, in whole numbers from 0
+    on. Each entropy is over its own renormalized probabilities and, with `normalize`,
+    divided by their number. At most 0; made to be descended beside cross-entropy.
+
+    `logits` are (N, K) or (N, K, d1, …), `target` class indices (N,) or (N, d1, …).
+    `weight` (K,), `ignore_index` and `reduction` ('none', 'mean', 'sum') do what they
+    do in `F.cross_entropy`. What does not fit is a `ValueError`.
+    """
+    k, groups = count_classes(logits), _group_indices(groups, logits.device)
     if logits.ndim > 1 and tuple(static_shape(groups)) != (k,):
         raise ValueError(
             f'groups must hold the coarse class of each of the {k} classes, '
@@ -137,7 +167,15 @@ def hierarchical_complement_entropy_loss(
 
 # %% ../../nbs/01c_relatives.ipynb #444ae091
 class HierarchicalComplementEntropyLoss(RowLoss):
-    "Module form of `hierarchical_complement_entropy_loss`."
+    """Module form of `hierarchical_complement_entropy_loss`.
+
+    `groups` (K,) says which coarse class each class belongs to, in whole numbers from 0
+    on; it is checked here, and its length against K at the first call.
+
+    Call it with logits (N, K) or (N, K, d1, …) and class indices (N,) or (N, d1, …).
+    `weight` (K,), `ignore_index` and `reduction` ('none', 'mean', 'sum') do what they
+    do in `nn.CrossEntropyLoss`. What does not fit is a `ValueError`.
+    """
 
     paper = 'HCOT (Chen et al. 2019)'
 
@@ -170,9 +208,17 @@ def probabilistically_compact_loss(
     ignore_index: int = -100,  # targets that count for nothing
     reduction: str = 'mean',  # 'none', 'mean' or 'sum'
 ) -> Tensor:  # loss, at least 0
-    "Hinge on probability gaps plus `lam` times the likely logit gap (PC-LC)."
-    _GAP.check('xi', xi)
-    NOT_NEGATIVE.check('lam', lam)
+    """Hinge on probability gaps plus `lam` times the likely logit gap (PC-LC).
+
+    Mean of max(0, p_j + xi - p_g) over j ≠ g, plus lam · Σ q_j max(0, z_g - z_j), q the
+    softmax of the wrong logits. `xi` in (0, 1], `lam` at least 0. At least 0.
+
+    `logits` are (N, K) or (N, K, d1, …), `target` class indices (N,) or (N, d1, …).
+    `weight` (K,), `ignore_index` and `reduction` ('none', 'mean', 'sum') do what they
+    do in `F.cross_entropy`. What does not fit is a `ValueError`.
+    """
+    xi = _GAP.check('xi', xi)
+    lam = NOT_NEGATIVE.check('lam', lam)
 
     def rows(z, t):
         p, (wrong, is_true) = z.softmax(1), without_true(z, t)
@@ -193,7 +239,14 @@ def probabilistically_compact_loss(
 
 
 class ProbabilisticallyCompactLoss(RowLoss):
-    "Module form of `probabilistically_compact_loss`."
+    """Module form of `probabilistically_compact_loss`.
+
+    A hinge on the gaps p_g - p_j, up to `xi` in (0, 1], and `lam` times the logit gaps.
+
+    Call it with logits (N, K) or (N, K, d1, …) and class indices (N,) or (N, d1, …).
+    `weight` (K,), `ignore_index` and `reduction` ('none', 'mean', 'sum') do what they
+    do in `nn.CrossEntropyLoss`. What does not fit is a `ValueError`.
+    """
 
     paper = 'PC-LC (Li et al. 2021)'
     ranges = dict(xi=_GAP, lam=NOT_NEGATIVE)
@@ -236,8 +289,16 @@ def published_complement_entropy_loss(
     reduction: str = 'mean',  # 'none', 'mean' or 'sum'
     eps: float = 1e-7,  # added to 1 - p_g
 ) -> Tensor:  # loss, close to -H/K for small logits
-    "COT's loss as its authors' code computes it, epsilons, division by K and all."
-    NOT_NEGATIVE.check('eps', eps)
+    """COT's loss as its authors' code computes it, epsilons, division by K and all.
+
+    Σ q_j log(q_j + 1e-10) / K over j ≠ target, q_j = p_j / (1 - p_target + eps). For
+    comparisons; `complement_entropy_loss` is the paper's. `eps` is at least 0.
+
+    `logits` are (N, K) or (N, K, d1, …), `target` class indices (N,) or (N, d1, …).
+    `weight` (K,), `ignore_index` and `reduction` ('none', 'mean', 'sum') do what they
+    do in `F.cross_entropy`. What does not fit is a `ValueError`.
+    """
+    eps = NOT_NEGATIVE.check('eps', eps)
     k = count_classes(logits)
 
     def rows(z, t):
@@ -263,9 +324,17 @@ def published_guided_complement_entropy(
     reduction: str = 'mean',  # 'none', 'mean' or 'sum'
     eps: float = 1e-7,  # added to 1 - p_g and to p_g
 ) -> Tensor:  # loss
-    "GCE as its authors' code computes it, epsilons, division by log K and all."
-    POSITIVE.check('alpha', alpha)
-    NOT_NEGATIVE.check('eps', eps)
+    """GCE as its authors' code computes it, epsilons, division by log K and all.
+
+    (p_g + eps)^alpha Σ q_j log(q_j + 1e-10) / log K over j ≠ g, with q_j as there. For
+    comparisons; `guided_complement_entropy` is the paper's. `alpha` > 0, `eps` ≥ 0.
+
+    `logits` are (N, K) or (N, K, d1, …), `target` class indices (N,) or (N, d1, …).
+    `weight` (K,), `ignore_index` and `reduction` ('none', 'mean', 'sum') do what they
+    do in `F.cross_entropy`. What does not fit is a `ValueError`.
+    """
+    alpha = POSITIVE.check('alpha', alpha)
+    eps = NOT_NEGATIVE.check('eps', eps)
     k = count_classes(logits)
 
     def rows(z, t):
@@ -283,7 +352,10 @@ def published_guided_complement_entropy(
 
 # %% ../../nbs/01c_relatives.ipynb #e6297c75
 class PublishedComplementEntropyLoss(RowLoss):
-    "Module form of `published_complement_entropy_loss`. For comparisons only."
+    """Module form of `published_complement_entropy_loss`. For comparisons only.
+
+    Called as `ComplementEntropyLoss`, which is the paper's; `eps` is at least 0.
+    """
 
     paper = 'COT (Chen et al. 2019) as its code has it'
     ranges = dict(eps=NOT_NEGATIVE)
@@ -303,7 +375,10 @@ class PublishedComplementEntropyLoss(RowLoss):
 
 
 class PublishedGuidedComplementEntropyLoss(RowLoss):
-    "Module form of `published_guided_complement_entropy`. For comparisons only."
+    """Module form of `published_guided_complement_entropy`. For comparisons only.
+
+    Called as `GuidedComplementEntropyLoss`, which is the paper's; `eps` is at least 0.
+    """
 
     paper = 'GCE (Chen et al. 2019) as its code has it'
     ranges = dict(alpha=POSITIVE, eps=NOT_NEGATIVE)
