@@ -69,7 +69,9 @@ def choose(
         raise InputError(f'{what} is {in_short(name)}: give one of the names {valid}')
     if name in options:
         return options[name]
-    near = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
+    low = {str(option).lower(): option for option in options}
+    near = difflib.get_close_matches(name.lower(), low, n=3, cutoff=0.5)
+    near = [low[key] for key in near]
     hint = f'did you mean {" or ".join(near)}? ' if near else ''
     raise InputError(
         f'unknown {what} {in_short(str(name))}: {hint}valid names are {valid}'

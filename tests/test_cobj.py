@@ -129,7 +129,7 @@ def test_parameters_of_an_objective(tmp_path):
 
 
 def test_groups_are_whole_numbers(tmp_path):
-    groups = [-1] * 5 + [0] * 5
+    groups = [0] * 5 + [1] * 5
     given = f'groups={",".join(map(str, groups))}'
     args = ('--objective', 'hcot', '--parameter', given)
     assert parameters_of(tmp_path / 'hcot', *args) == ('hcot', {'groups': groups})

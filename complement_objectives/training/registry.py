@@ -362,7 +362,7 @@ def find_objective(
     name: str,  # a key of `OBJECTIVES`, or an alias such as 'ce'
 ) -> tuple[str, Objective]:  # the key, and its row
     "The row that a name stands for; `InputError` names the nearest valid ones."
-    if name not in OBJECTIVES:
+    if isinstance(name, str) and name not in OBJECTIVES:
         name = OBJECTIVE_ALIASES.get(name, name)
     return name, choose(name, OBJECTIVES, 'objective')
 
