@@ -10,7 +10,8 @@ them alike. A ratio is given twice: of the medians, and (after the slash) of the
 runs, which a busy machine disturbs least. Where other work keeps the cores busy, two
 threads wait for each other for whole time slices and the medians say nothing; then
 `--threads 1 --clock cpu` counts processor time instead. The ratios and their bounds
-are also written as CSV, which the page on closed forms shows.
+are also written as CSV, which the page on closed forms shows: `losses.csv` is of one
+thread and processor time, `losses_wall.csv` of two threads and wall time.
 Memory is the highest sum of live allocations during forward and backward, beyond the
 logits, from torch's profiler. The last part needs a GPU and says so if there is none.
 """

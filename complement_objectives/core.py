@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'InputError', 'RunFailed', 'choose', 'pick_device', 'evaluating', 'weight_type', 'check_count',
-           'check_positive', 'atomic_write', 'save_json', 'mismatch', 'load_json', 'derive_seed', 'seed_everything',
-           'software_versions']
+           'check_positive', 'check_share', 'atomic_write', 'save_json', 'mismatch', 'load_json', 'derive_seed',
+           'seed_everything', 'software_versions']
 
 # %% ../nbs/00_core.ipynb #65fa2e45
 import difflib
@@ -174,6 +174,19 @@ def check_positive(
         least = 'at least' if zero else 'above'
         raise InputError(f'{what} must be finite and {least} 0, got {size:g}')
     return size
+
+
+def check_share(
+    value,  # a share, a rate, a level
+    what: str,  # its name, for the message
+    ends: bool = False,  # may it be 0 or 1?
+) -> float:  # the same, as a float
+    "`InputError` unless `value` is a number between 0 and 1."
+    share = as_number(value, what)
+    if not (0 < share < 1 or (ends and share in (0, 1))):
+        where = 'in [0, 1]' if ends else 'between 0 and 1'
+        raise InputError(f'{what} is {share:g}: it must lie {where}')
+    return share
 
 # %% ../nbs/00_core.ipynb #a84ebde6
 @contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from .core import InputError, as_number, check_count
+from .core import InputError, as_number, check_count, check_share
 
 # %% ../nbs/05_intervals.ipynb #22e1c44d
 class Interval(NamedTuple):
@@ -25,13 +25,6 @@ class Interval(NamedTuple):
 
 
 _UNKNOWN = Interval(math.nan, math.nan, math.nan)
-
-
-def _check_open(value, what):  # between 0 and 1, as a float
-    value = as_number(value, what)
-    if not 0 < value < 1:
-        raise InputError(f'{what} is {value:g}: it must lie between 0 and 1')
-    return value
 
 
 def _as_vector(values):  # (N,) booleans or numbers, whatever they come in
@@ -56,7 +49,7 @@ def share_interval(
     n: int = None,  # images, where `right` counts them
 ) -> Interval:  # within [0, 1]; three NaN for no images
     "Share of True with Wilson's interval, as scipy computes it."
-    level = _check_open(level, 'level')
+    level = check_share(level, 'level')
     if n is None:
         right, n = _as_vector(right).sum(), len(right)
     else:
@@ -79,7 +72,7 @@ def mean_interval(
     seed: int = 0,  # of the resamples
 ) -> Interval:  # NaN for what cannot be known: all from no values, the ends from one
     "Mean with the wider of Student's and the studentized bootstrap's interval."
-    level, n_boot = _check_open(level, 'level'), check_count(n_boot, 'n_boot')
+    level, n_boot = check_share(level, 'level'), check_count(n_boot, 'n_boot')
     seed = check_count(seed, 'seed', -(2**63))
     v = torch.from_numpy(_as_vector(values).astype(float))
     n, mean = len(v), v.mean().item()
@@ -167,7 +160,7 @@ def separation_interval(
     paired: bool = False,  # is the i-th adversarial input made from the i-th normal?
 ) -> Interval:  # within [0, 1]; three NaN where either side is empty
     "AUC with Wilson's interval for the images that DeLong's variance stands for."
-    level = _check_open(level, 'level')
+    level = check_share(level, 'level')
     x, y = _rankable(normal), _rankable(adversarial)
     n, m = len(x), len(y)
     if paired and n != m:
@@ -219,7 +212,7 @@ def tpr_interval(
     level: float = 0.95,  # of the interval
 ) -> tuple:  # low and high, in [0, 1]; low is 0 where N < `normals_needed(fpr, level)`
     "Ends of the interval of `tpr_at_fpr`: threshold and rate are both uncertain."
-    fpr, level = _check_open(fpr, 'fpr'), _check_open(level, 'level')
+    fpr, level = check_share(fpr, 'fpr'), check_share(level, 'level')
     x, y = _both_sides(normal, adversarial)
     return _rate_ends(x, y, fpr, level)
 
@@ -234,7 +227,7 @@ def fpr_interval(
 
     `high` is 1 where M < `normals_needed(1 - tpr, level)`.
     """
-    tpr, level = _check_open(tpr, 'tpr'), _check_open(level, 'level')
+    tpr, level = check_share(tpr, 'tpr'), check_share(level, 'level')
     x, y = _both_sides(normal, adversarial)
     low, high = _rate_ends(-y, -x, 1 - tpr, level)
     return 1 - high, 1 - low
@@ -245,7 +238,7 @@ def normals_needed(
     level: float = 0.95,  # of the interval
 ) -> int:  # with fewer scores the interval reaches to the end of the range
     "How many normal scores show that the threshold is not below all of them."
-    rate, level = _check_open(rate, 'rate'), _check_open(level, 'level')
+    rate, level = check_share(rate, 'rate'), check_share(level, 'level')
     return math.ceil(math.log((1 - level) / 4) / math.log1p(-rate))
 
 

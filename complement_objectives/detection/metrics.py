@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import InputError, as_number
+from ..core import InputError, check_share
 from .scores import as_tensor
 from complement_objectives.intervals import (
     fpr_interval,
@@ -35,19 +35,6 @@ def as_scores(
             'check the logits they come from'
         )
     return scores
-
-
-def check_rate(
-    rate,  # a share of inputs
-    name: str,  # for the message
-    ends: bool = True,  # may it be 0 or 1?
-) -> float:  # the same, as a float
-    "`InputError` unless it is a number in [0, 1]."
-    rate = as_number(rate, name)
-    if not (0 < rate < 1 or (ends and rate in (0, 1))):
-        where = 'in [0, 1]' if ends else 'between 0 and 1'
-        raise InputError(f'{name} is {rate:g}: it must lie {where}')
-    return rate
 
 # %% ../../nbs/08d_detection_metrics.ipynb #dc9aa794
 def _ranks(normal, adversarial):
@@ -104,7 +91,7 @@ def tpr_at_fpr(
     fpr: float = 0.05,  # share of normal inputs that may be rejected
 ) -> float:  # in [0, 1]
     "Most adversarial inputs rejected while at most `fpr` of the normal ones are."
-    fpr = check_rate(fpr, 'fpr')
+    fpr = check_share(fpr, 'fpr', ends=True)
     fprs, tprs = roc(normal, adversarial)
     return float(tprs[fprs <= fpr + 1e-12].max())
 
@@ -115,7 +102,7 @@ def fpr_at_tpr(
     tpr: float = 0.95,  # share of adversarial inputs that must be rejected
 ) -> float:  # in [0, 1]
     "Fewest normal inputs rejected while at least `tpr` of the adversarial ones are."
-    tpr = check_rate(tpr, 'tpr')
+    tpr = check_share(tpr, 'tpr', ends=True)
     fprs, tprs = roc(normal, adversarial)
     return float(fprs[tprs >= tpr - 1e-12].min())
 

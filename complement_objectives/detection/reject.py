@@ -15,9 +15,9 @@ import torch
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
-from ..core import InputError, as_number, weight_type
+from ..core import InputError, as_number, check_share, weight_type
 from .detectors import Detector, KernelDensity
-from .metrics import NOT_SURE, as_scores, check_rate
+from .metrics import NOT_SURE, as_scores
 from .scores import as_tensor, usable
 from ..models import forward_batches
 
@@ -32,7 +32,7 @@ def threshold_at(
     and for fewer than 1/fpr - 1 of them, 19 for 5 %.
     """
     normal = as_scores(normal)
-    fpr = check_rate(fpr, 'fpr', ends=False)
+    fpr = check_share(fpr, 'fpr')
     k = math.floor(fpr * (len(normal) + 1) + 1e-9)
     if not k:
         needed = math.ceil(1 / fpr - 1 - 1e-9)
@@ -61,7 +61,7 @@ class RejectOption(nn.Module):
                 "as KernelDensity() or create_detector('knn') makes it"
             )
         self.detector = detector
-        self.fpr = check_rate(fpr, 'fpr', ends=False)
+        self.fpr = check_share(fpr, 'fpr')
         self.given = threshold is not None
         at = as_number(threshold, 'threshold') if self.given else math.nan
         if self.given and math.isnan(at):
@@ -75,7 +75,7 @@ class RejectOption(nn.Module):
         fpr: float = None,  # share to reject, at most, from now on; None: as it was
     ) -> 'RejectOption':  # itself
         "Set the threshold for a false-positive rate of `fpr`, see `threshold_at`."
-        fpr = self.fpr if fpr is None else check_rate(fpr, 'fpr', ends=False)
+        fpr = self.fpr if fpr is None else check_share(fpr, 'fpr')
         return self._put(threshold_at(self.score(hidden, logits), fpr), fpr)
 
     def _put(self, threshold, fpr):

@@ -473,7 +473,7 @@ class RowLoss(nn.Module):
             if value is not None
         )
 
-
+# %% ../../nbs/01e_loss_base.ipynb #cc807f6a
 def _short(
     value,  # of a parameter
 ) -> str:

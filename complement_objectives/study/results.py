@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from ..attacks import radii
+from ..attacks import ATTACKS, radii
 from ..core import InputError, atomic_write, pick_device
 from ..data import ImageData, load_data
 from ..evaluation import SCORES, chosen_pairs, mean_std, plot_curves
@@ -26,7 +26,6 @@ from complement_objectives.study.figures import (
 )
 from .report import listed, write_report
 from complement_objectives.study.runs import (
-    KNOW_DETECTOR,
     StudyConfig,
     attacked_indices,
     load_scores,
@@ -341,7 +340,7 @@ def _worst_words(runs: list) -> str:  # what the worst case is over, what it lea
 
 def _knowing_words(runs: list) -> str:  # which attacks knew of the detector
     names = list(runs[0]['attacks'])
-    knows = [name for name in names if name in KNOW_DETECTOR]
+    knows = [name for name in names if ATTACKS[name].knows_detector]
     if knows:
         return f'{listed(knows)} knew the K-density detector.'
     if len(names) > 1:

@@ -19,7 +19,13 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ..attacks import attack, attack_settings, check_eps, radii
+from complement_objectives.attacks import (
+    ATTACKS,
+    attack,
+    attack_settings,
+    check_eps,
+    radii,
+)
 from complement_objectives.core import (
     NUMBER,
     InputError,
@@ -405,11 +411,8 @@ def _outcome(normal, scores, x_adv, x, y) -> dict:  # of one attack at one size
     )
 
 # %% ../../nbs/11d_runs.ipynb #809db934
-KNOW_DETECTOR = ('cw_wb',)  # attacks that are shown a detector, the K-density
-
-
 def _detector(name, density, clean) -> dict:  # settings of an attack that knows it
-    if name not in KNOW_DETECTOR:
+    if not ATTACKS[name].knows_detector:
         return {}
     return dict(density=density, eta=-clean['K-density'].median())
 

@@ -15,7 +15,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ..attacks import attack, attack_settings, make_attack, radii
+from complement_objectives.attacks import (
+    ATTACKS,
+    attack,
+    attack_settings,
+    make_attack,
+    radii,
+)
 from complement_objectives.core import (
     NUMBER,
     InputError,
@@ -48,13 +54,7 @@ from ..models import forward_batches
 from ..saving import load_classifier, read_tensors, save_tensors
 from .recipes import file_name
 from .report import listed, write_report
-from complement_objectives.study.runs import (
-    KNOW_DETECTOR,
-    given_radii,
-    several,
-    size_name,
-    spread,
-)
+from .runs import given_radii, several, size_name, spread
 
 # %% ../../nbs/11f_saved.ipynb #f8874566
 def _load(folder, root, device):  # network, header and the data it was trained on
@@ -114,7 +114,7 @@ def attack_saved(
 
 # %% ../../nbs/11f_saved.ipynb #175253aa
 def _detector(folder, name):  # further settings of an attack that knows the detector
-    if name not in KNOW_DETECTOR:
+    if not ATTACKS[name].knows_detector:
         return {}
     robust = Path(folder) / 'robust'
     option = load_robust(robust)[0].option if robust.is_dir() else None
@@ -291,7 +291,7 @@ def attack_words(
 
 
 def _knowing(names) -> str:  # which attacks were shown a detector
-    knowing = [name for name in names if name in KNOW_DETECTOR]
+    knowing = [name for name in names if ATTACKS[name].knows_detector]
     if knowing:
         return f'{listed(knowing)} knew a detector'
     if len(names) == 1:

@@ -86,13 +86,6 @@ class DeviceMixedPrecision(Attached, MixedPrecision):
 PRECISIONS = dict(fp32=[], bf16=[AMPMode.BF16], fp16=[AMPMode.FP16])
 
 # %% ../../nbs/07l_classifier.ipynb #93b29f30
-def _check_seed(seed) -> int:
-    seed = check_count(seed, 'seed', 0)
-    if seed >= 2**32:
-        raise InputError(f'seed must be below 2**32, got {seed}')
-    return seed
-
-
 def _check_device(device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
@@ -146,7 +139,7 @@ def train_classifier(
     epochs = check_count(epochs, 'epochs')
     batch_size = check_count(batch_size, 'batch_size')
     lr = check_positive(lr, 'lr')
-    seed = _check_seed(seed)
+    seed = check_count(seed, 'seed', 0, below=2**32)
     device = _check_device(device)
     name, _ = find_objective(name)
     objective = check_objective(name, data.n_classes, **parameters)

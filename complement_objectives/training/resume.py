@@ -159,7 +159,7 @@ def _save(self: ResumableTraining):
         states=split_tensors(states, tensors),
         smooth_loss=split_tensors(smooth_loss, tensors, 'smooth'),
     )
-    save_tensors({k: v.clone() for k, v in tensors.items()}, self.path, header)
+    save_tensors(tensors, self.path, header)
 
 
 _checkpoint_format = 'complement_objectives checkpoint 1'
